@@ -1,0 +1,1 @@
+"""Commands: each parses, makes one library call, and prints. Installed as ``reparam.cli``."""

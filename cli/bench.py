@@ -1,0 +1,52 @@
+"""reparam bench: how fast things are on this machine, as ratios."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from reparam.errors import ReparamError
+
+from . import text
+
+bench = typer.Typer(help="Measure on this machine, as ratios within one run.", no_args_is_help=True)
+
+
+@bench.callback()
+def _bench() -> None:
+    """Measure on this machine, as ratios within one run."""
+
+
+@bench.command()
+def convert(
+    gigabytes: Annotated[float, typer.Option("--size", help="GB of the generated checkpoint.")] = 1.0,
+    dtype: Annotated[str, typer.Option(help="F32, F16, BF16 or F64.")] = "F32",
+    repeats: Annotated[int, typer.Option(help="Of every job; medians are reported.")] = 3,
+    where: Annotated[Path | None, typer.Option("--dir", help="Work here; needs five times the size.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Conversions against load_file + save_file, with peak memory."""
+    from reparam.bench.convert import bench_convert
+    from reparam.dtypes import FLOATING
+
+    if dtype not in FLOATING:
+        raise ReparamError(f"--dtype {dtype}: one of {', '.join(sorted(FLOATING))}")
+    value = bench_convert(gigabytes, dtype, repeats, lambda what: print(what, file=sys.stderr), where)
+    if as_json:
+        print(json.dumps(value))
+        return
+    rows = [
+        [r["name"], f"{r['ratio']:.2f}×", f"{r['seconds']:.2f}", f"{r['peak_mb']:.0f}",
+         f"{r['read_mb']:.0f}", f"{r['written_mb']:.0f}"]
+        for r in value["results"]
+    ]  # fmt: skip
+    text.table(["job", "time", "seconds", "peak MB", "read MB", "written MB"], rows)
+    machine = value["machine"]
+    print(
+        f"\n{gigabytes:g} GB of {dtype}, {repeats} repeats; {machine['processor']}, {machine['cores']} cores,"
+        f" torch {machine['torch']}, {machine['date']}"
+    )

@@ -1,0 +1,85 @@
+"""reparam inspect: what is in a checkpoint."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from . import text
+
+if TYPE_CHECKING:
+    from reparam.checkpoint import Inspection
+
+
+def inspect(
+    path: Annotated[Path, typer.Argument(help="File, index of shards, or folder.", show_default=False)],
+    stats: Annotated[
+        bool, typer.Option("--stats", help="Read the weights too: norms, dead units, zeros.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Show what is in a checkpoint; headers only unless --stats."""
+    from reparam.checkpoint import inspect_checkpoint
+
+    found = inspect_checkpoint(path, stats)
+    if as_json:
+        print(json.dumps(found.to_json()))
+        return
+    headings = ["layer", "held as", "shape", "dtype", "units", "fan-in", "bias"]
+    headings += ["‖w‖ min", "‖w‖ max", "dead", "zeros"] if stats else []
+    text.table(headings, [_row(found, i, stats) for i in range(len(found.layers))])
+    _summary(found)
+
+
+def _row(found: Inspection, i: int, stats: bool) -> list[str]:
+    layer = found.layers[i]
+    spec = layer.spec
+    held = (
+        layer.kind if layer.dialect in ("plain", "gmp", "weight_norm") else f"{layer.kind} ({layer.dialect})"
+    )
+    stored = found.checkpoint.tensors[layer.weight_key].dtype
+    dtype = spec.dtype if stored == spec.dtype else f"{spec.dtype} (as {stored})"
+    row = [
+        layer.name,
+        held,
+        text.shape(spec.shape),
+        dtype,
+        str(spec.units),
+        str(spec.fan_in),
+        layer.bias or "—",
+    ]
+    if stats:
+        numbers = found.statistics[layer.key]
+        if numbers.non_finite:
+            return [*row, "NaN/Inf", "NaN/Inf", "—", "—"]
+        row += [
+            f"{numbers.smallest:.4g}",
+            f"{numbers.largest:.4g}",
+            str(numbers.dead),
+            f"{numbers.zeros:.1%}",
+        ]
+    return row
+
+
+def _summary(found: Inspection) -> None:
+    checkpoint = found.checkpoint
+    print()
+    print(
+        f"{text.count(len(found.layers), 'layer')} and {text.count(len(found.others), 'other tensor')}, "
+        f"{found.parameters:,} parameters, {text.size(checkpoint.nbytes)} in {text.count(len(checkpoint.files), 'file')}"
+    )
+    reasons: dict[str, list[str]] = {}
+    for key, reason in found.others.items():
+        reasons.setdefault(reason, []).append(key)
+    for reason, keys in reasons.items():
+        print(f"  no layer: {text.shorten(keys, 3)}: {reason}")
+    for alias, key in checkpoint.aliases.items():
+        print(f"  tied: {alias} shares {key}")
+    assumed = [layer.name for layer in found.layers if layer.assumed_axis]
+    if assumed:
+        print(f"  unit axis 0 assumed, shapes fit another as well: {text.shorten(assumed)}")
+    for note in checkpoint.notes:
+        print(f"  {note}")

@@ -1,0 +1,96 @@
+"""The ``reparam`` command: its subcommands, and what a failure looks like."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from reparam.errors import CheckFailedError, ReparamError
+
+from .bench import bench
+from .convert import convert
+from .demo import demo
+from .export import export
+from .finetune import finetune
+from .inspect import inspect
+
+app = typer.Typer(
+    name="reparam",
+    help="Move trained PyTorch models between parameterizations of their weights, fine-tune, fold, export with proof.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+app.command()(inspect)
+app.command()(convert)
+app.command()(finetune)
+app.command()(export)
+app.add_typer(bench, name="bench")
+app.command()(demo)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        import reparam
+
+        print(f"reparam {reparam.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    pass
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Returns:
+        0 done, 1 a check failed, 2 bad input or usage, 130 interrupted.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in given
+    given = [argument for argument in given if argument != "--debug"]
+    try:
+        code = app(given, standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except ReparamError as error:
+        return _fail(str(error), 1 if isinstance(error, CheckFailedError) else 2, debug)
+    except (KeyboardInterrupt, typer.Abort):
+        return _fail("interrupted; nothing was left half-written", 130, debug)
+    except BrokenPipeError:
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        # Usage errors are click's own class or typer's copy of it, by typer's version: known by what they can do.
+        if (format_message := getattr(error, "format_message", None)) is not None:
+            return _usage(type(error).__name__, format_message(), debug)
+        hint = "" if debug else " (--debug shows where)"
+        return _fail(f"unexpected {type(error).__name__}: {error}{hint}; please report this", 1, debug)
+
+
+def _usage(kind: str, message: str, debug: bool) -> int:
+    if kind == "NoArgsIsHelpError":
+        print(message)
+        return 2
+    return _fail(f"{message} (--help shows the usage)", 2, debug)
+
+
+def _fail(message: str, code: int, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return code

@@ -1,0 +1,118 @@
+"""The `reparam` value of a file's ``__metadata__``: what it takes to go back without the architecture.
+
+    {"version": 1, "layers": {"conv1.weight": {"kind": "gmp", "shape": [16, 3, 3, 3], "dtype": "F32", "axis": 0,
+     "groups": 1, "fan_in": 27, "bias": "lambda_", "bias_shape": [16], "bias_dtype": "F32", "stored": "F32",
+     "theta_origin": "equator"}}}
+
+The key of a layer is the key its plain weight has in a state_dict.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from reparam.dtypes import FLOATING, is_known
+from reparam.errors import CheckpointError
+from reparam.parameterizations import PARAMETERIZATIONS, UnitAxis, WeightSpec
+
+KEY = "reparam"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """How one layer is held in a file.
+
+    Attributes:
+        kind: name of its parameterization.
+        spec: its plain weight and bias.
+        bias: role its bias is kept under ("bias" or "lambda_"), None for a layer without.
+    """
+
+    kind: str
+    spec: WeightSpec
+    bias: str | None
+
+    def to_json(self) -> dict[str, Any]:
+        spec = self.spec
+        record: dict[str, Any] = {
+            "kind": self.kind,
+            "shape": list(spec.shape),
+            "dtype": spec.dtype,
+            "axis": spec.unit.axis,
+            "groups": spec.unit.groups,
+            "fan_in": spec.fan_in,
+            "stored": spec.stored,
+        }
+        if self.bias is not None:
+            assert spec.bias_shape is not None
+            record |= {"bias": self.bias, "bias_shape": list(spec.bias_shape), "bias_dtype": spec.bias_dtype}
+        if self.kind == "gmp":
+            record["theta_origin"] = spec.theta_origin
+        return record
+
+
+def dump(layers: Mapping[str, LayerRecord]) -> str:
+    """The JSON text that :func:`load` reads back."""
+    value = {"version": VERSION, "layers": {key: layer.to_json() for key, layer in layers.items()}}
+    return json.dumps(value, separators=(",", ":"), sort_keys=True)
+
+
+def load(text: str, where: str) -> dict[str, LayerRecord]:
+    """Read the records of a file.
+
+    Args:
+        text: the metadata value.
+        where: the file, for messages.
+
+    Raises:
+        CheckpointError: not this format, a newer version, or a record that contradicts itself.
+    """
+    try:
+        value = json.loads(text)
+        version = value["version"]
+        if version != VERSION:
+            raise CheckpointError(
+                f"{where}: reparam format version {version}, this release reads {VERSION}: upgrade"
+            )
+        return {key: _record(record) for key, record in value["layers"].items()}
+    except CheckpointError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{where}: unusable `{KEY}` metadata ({type(error).__name__}: {error})"
+        ) from error
+
+
+def _record(value: dict[str, Any]) -> LayerRecord:
+    bias = value.get("bias")
+    spec = WeightSpec(
+        shape=_shape(value["shape"]),
+        dtype=value["dtype"],
+        unit=UnitAxis(int(value["axis"]), int(value["groups"])),
+        bias_shape=None if bias is None else _shape(value["bias_shape"]),
+        bias_dtype=None if bias is None else value["bias_dtype"],
+        stored=value["stored"],
+        theta_origin=value.get("theta_origin", "equator"),
+    )
+    if value["kind"] not in PARAMETERIZATIONS:
+        raise ValueError(f"unknown kind {value['kind']!r}")
+    if bias not in (None, "bias", "lambda_") or spec.theta_origin not in ("equator", "pole"):
+        raise ValueError(f"bias {bias!r}, theta_origin {spec.theta_origin!r}")
+    if spec.dtype not in FLOATING or spec.stored not in ("F32", "F64"):
+        raise ValueError(f"dtype {spec.dtype!r}, stored {spec.stored!r}")
+    if bias is not None and not is_known(str(spec.bias_dtype)):
+        raise ValueError(f"bias_dtype {spec.bias_dtype!r}")
+    if not spec.unit.fits(spec.shape) or spec.fan_in != value["fan_in"]:
+        raise ValueError(f"axis {spec.unit.axis}, groups {spec.unit.groups}, fan_in {value['fan_in']}")
+    return LayerRecord(kind=value["kind"], spec=spec, bias=bias)
+
+
+def _shape(value: list[int]) -> tuple[int, ...]:
+    shape = tuple(int(extent) for extent in value)
+    if any(extent < 0 for extent in shape):
+        raise ValueError(f"shape {list(shape)}")
+    return shape

@@ -1,0 +1,57 @@
+"""Which layers a conversion takes.
+
+The paper reparameterizes every layer but the output layer. Tensors do not say which layer that is, so by default all
+layers are taken but those on a short list of names; the report prints which and why.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from reparam.checkpoint.layers import Layer
+from reparam.errors import SelectionError
+
+#: Usual names of output layers and embedding tables. Norms need no entry: their weights are one-dimensional.
+SKIPPED_BY_NAME = (
+    "lm_head", "*.lm_head", "head", "*.head", "classifier", "*.classifier", "score", "*.score", "embed_out",
+    "*embed*", "wte", "*.wte", "wpe", "*.wpe", "shared", "*relative_attention_bias*",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Globs over layer names ("conv1") or keys ("conv1.weight").
+
+    Attributes:
+        include: take only layers that match one of these, listed names among them; empty takes the default.
+        exclude: never take layers that match one of these.
+    """
+
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+
+    def reason_against(self, layer: Layer) -> str | None:
+        """Why a layer is not taken; None if it is."""
+        if pattern := _match(layer, self.exclude):
+            return f"--exclude {pattern}"
+        if self.include:
+            return None if _match(layer, self.include) else "no --include matches"
+        if pattern := _match(layer, SKIPPED_BY_NAME):
+            return f"name is on the default list ({pattern}): --include {layer.name} takes it"
+        return None
+
+    def check(self, layers: Sequence[Layer]) -> None:
+        """Raise SelectionError for a glob that matches no layer: most likely a typing error."""
+        for option, patterns in (("--include", self.include), ("--exclude", self.exclude)):
+            for pattern in patterns:
+                if not any(_match(layer, (pattern,)) for layer in layers):
+                    some = ", ".join(layer.name for layer in layers[:3])
+                    raise SelectionError(f"{option} {pattern}: matches no layer (there are {some}, …)")
+
+
+def _match(layer: Layer, patterns: Sequence[str]) -> str | None:
+    return next(
+        (p for p in patterns if fnmatch.fnmatchcase(layer.name, p) or fnmatch.fnmatchcase(layer.key, p)), None
+    )

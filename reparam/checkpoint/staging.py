@@ -1,0 +1,124 @@
+"""Output that appears whole or not at all: written under a temporary name beside its place, renamed when complete.
+
+A killed run leaves only the temporary, which the next run to the same place removes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from reparam.errors import OutputError
+
+
+@contextlib.contextmanager
+def staged(target: Path, force: bool = False) -> Iterator[Path]:
+    """A temporary path beside ``target``, where a file or a folder may be made; renamed to ``target`` at the end.
+
+    Raises:
+        OutputError: target exists and not ``force``; its folder is missing, read-only or full.
+    """
+    refuse_existing(target, force)
+    parent = target.resolve().parent
+    temporary = parent / f".{target.name}.{os.getpid()}.partial"
+    try:
+        _remove_stale(parent, target.name)
+        yield temporary
+        _sync_folder(temporary)
+        _replace(temporary, target)
+        _sync_folder(parent)
+    except OSError as error:
+        raise _output_error(target, error) from error
+    finally:
+        _remove(temporary)
+
+
+def refuse_existing(target: Path, force: bool) -> None:
+    """Raise OutputError where writing ``target`` would lose something, or cannot work."""
+    parent = target.resolve().parent
+    if not parent.is_dir():
+        raise OutputError(f"{parent}: no such folder, to write {target.name} into")
+    if not os.access(parent, os.W_OK):
+        raise OutputError(f"{parent}: read-only: name another place with -o")
+    if target.exists() or target.is_symlink():
+        if not force:
+            raise OutputError(f"{target}: exists: --force overwrites it, -o names another place")
+        if target.is_dir() and any(target.iterdir()) and not any(target.glob("*.safetensors*")):
+            raise OutputError(
+                f"{target}: a folder that holds no checkpoint: --force will not replace it, use -o"
+            )
+
+
+def require_space(target: Path, needed: int) -> None:
+    """Raise OutputError where the filesystem of ``target`` has not ``needed`` bytes left."""
+    free = shutil.disk_usage(target.resolve().parent).free
+    if free < needed:
+        raise OutputError(
+            f"{target}: {needed:,} bytes needed, {free:,} free on that disk: make room or use -o"
+        )
+
+
+def _replace(temporary: Path, target: Path) -> None:
+    if not target.is_dir() or target.is_symlink():
+        temporary.replace(target)
+        return
+    # A folder cannot be replaced in one step: the old one steps aside, and back if the new one cannot take its place.
+    aside = target.with_name(f".{target.name}.{os.getpid()}.old")
+    target.rename(aside)
+    try:
+        temporary.rename(target)
+    except OSError:
+        aside.rename(target)
+        raise
+    shutil.rmtree(aside)
+
+
+def _output_error(target: Path, error: OSError) -> OutputError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return OutputError(f"{target}: the disk is full ({error.strerror}); nothing was left behind")
+    return OutputError(f"{target}: cannot be written ({error.strerror or error})")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _remove_stale(parent: Path, name: str) -> None:
+    for path in parent.glob(f".{glob_escape(name)}.*.partial"):
+        pid = path.name.split(".")[-2]
+        if pid.isdigit() and not _alive(int(pid)):
+            _remove(path)
+
+
+def glob_escape(name: str) -> str:
+    import glob
+
+    return glob.escape(name)
+
+
+def _alive(pid: int) -> bool:
+    if os.name != "posix":
+        return True  # there is no harmless way to ask: leave the file
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _sync_folder(path: Path) -> None:
+    if os.name == "posix" and path.is_dir():
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -1,0 +1,118 @@
+"""Writing safetensors in bounded memory: the header from the plan, then one tensor at a time, each at its place."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from reparam import dtypes
+from reparam.checkpoint.reading import bytes_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+#: key -> (element type, shape)
+Entries = Mapping[str, tuple[str, tuple[int, ...]]]
+
+
+def header_of(entries: Entries, metadata: Mapping[str, str]) -> tuple[bytes, dict[str, tuple[int, int]]]:
+    """The bytes in front of the data, and each tensor's (offset, size) in the file.
+
+    Wider types first, as the safetensors library does it: every tensor is then aligned to its own element size.
+    """
+    order = sorted(entries, key=lambda key: (-dtypes.bits(entries[key][0]), key))
+    places: dict[str, tuple[int, int]] = {}
+    header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    at = 0
+    for key in order:
+        dtype, shape = entries[key]
+        size = dtypes.nbytes(dtype, shape)
+        header[key] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + size]}
+        places[key] = (at, size)
+        at += size
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    start = 8 + len(text)
+    return len(text).to_bytes(8, "little") + text, {k: (start + o, s) for k, (o, s) in places.items()}
+
+
+def file_size(entries: Entries, metadata: Mapping[str, str]) -> int:
+    """Bytes of the file these entries make."""
+    return len(header_of(entries, metadata)[0]) + sum(dtypes.nbytes(*entry) for entry in entries.values())
+
+
+class SafetensorsWriter:
+    """Write every byte of every entry exactly once, in any order and from any thread.
+
+    ``close`` checks that, and that the bytes are on disk.
+    """
+
+    def __init__(self, path: Path, entries: Entries, metadata: Mapping[str, str]) -> None:
+        self._entries = entries
+        header, self._places = header_of(entries, metadata)
+        self._missing = {key: size for key, (_, size) in self._places.items()}
+        self._lock = threading.Lock()
+        self._file = path.open("xb", buffering=0)
+        self._put(0, memoryview(header))
+
+    def write(self, key: str, value: Tensor) -> None:
+        """One tensor, of the planned type and shape."""
+        dtype, shape = self._entries[key]
+        assert (dtypes.code_of(value.dtype), tuple(value.shape)) == (dtype, shape), (
+            key,
+            value.dtype,
+            value.shape,
+        )
+        self._write(key, 0, bytes_of(value))
+
+    def write_rows(self, key: str, start: int, value: Tensor) -> None:
+        """Rows of a tensor's first axis from ``start``, of the planned type and row shape."""
+        dtype, shape = self._entries[key]
+        assert (dtypes.code_of(value.dtype), tuple(value.shape[1:])) == (dtype, shape[1:]), (key, value.shape)
+        self._write(key, start * (self.size(key) // shape[0]), bytes_of(value))
+
+    def write_blocks(self, key: str, blocks: Iterable[memoryview]) -> None:
+        """One tensor's bytes in C order."""
+        at = 0
+        for block in blocks:
+            self._write(key, at, block)
+            at += len(block)
+
+    def size(self, key: str) -> int:
+        """Bytes of one tensor."""
+        return self._places[key][1]
+
+    def _write(self, key: str, at: int, data: memoryview) -> None:
+        offset, size = self._places[key]
+        assert at + len(data) <= size, (key, at, len(data), size)
+        self._put(offset + at, data)
+        with self._lock:
+            self._missing[key] -= len(data)
+
+    def _put(self, offset: int, data: memoryview) -> None:
+        with self._lock:
+            self._file.seek(offset)
+            while data:
+                data = data[self._file.write(data) :]
+
+    def close(self) -> None:
+        unwritten = [key for key, size in self._missing.items() if size]
+        assert not unwritten, unwritten[:3]
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+    def __enter__(self) -> SafetensorsWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self._file.close()

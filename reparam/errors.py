@@ -1,0 +1,35 @@
+"""Every failure a user can meet. A message is one line: it names the file, tensor or option, and the mend."""
+
+from __future__ import annotations
+
+
+class ReparamError(ValueError):
+    """Bad input or usage. The command line prints the message and exits with 2."""
+
+
+class CheckpointError(ReparamError):
+    """A file that cannot be read as a checkpoint: malformed, truncated, missing, of a kind that is refused."""
+
+
+class OutputError(ReparamError):
+    """A place that cannot be written: it exists, is read-only, is too small, or would collide."""
+
+
+class SelectionError(ReparamError):
+    """The options select nothing, or name what is not there."""
+
+
+class NonFiniteError(ReparamError):
+    """A tensor holds NaN or Inf."""
+
+
+class ArchitectureError(ReparamError):
+    """The named architecture cannot be had, or does not fit the checkpoint."""
+
+
+class DataError(ReparamError):
+    """A dataset that cannot be read, or does not fit the model."""
+
+
+class CheckFailedError(ReparamError):
+    """A check ran and did not pass. The command line exits with 1."""

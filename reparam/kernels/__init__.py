@@ -1,0 +1,1 @@
+"""The hyperspherical map between rows of weights and angles, forward and backward."""

@@ -1,0 +1,39 @@
+"""SP, the standard parameterization: ``weight`` and ``bias``, stored as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from reparam.dtypes import torch_dtype
+from reparam.parameterizations.base import Parameterization, TensorSpecs, WeightSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Standard(Parameterization):
+    """φ(wᵀx + b): the maps are the identity, ``decompose`` rounds to the layer's own dtype."""
+
+    name = "sp"
+    title = "standard parameterization"
+
+    def tensors(self, spec: WeightSpec, bias: str | None) -> TensorSpecs:
+        specs: TensorSpecs = {"weight": (spec.dtype, spec.shape)}
+        if bias is not None:
+            assert spec.bias_dtype is not None
+            assert spec.bias_shape is not None
+            specs["bias"] = (spec.bias_dtype, spec.bias_shape)
+        return specs
+
+    def decompose(
+        self, weight: Tensor, bias: Tensor | None, spec: WeightSpec, bias_role: str | None = None
+    ) -> dict[str, Tensor]:
+        tensors = {"weight": weight.to(torch_dtype(spec.dtype))}
+        if bias is not None:
+            assert spec.bias_dtype is not None
+            tensors["bias"] = bias.to(torch_dtype(spec.bias_dtype))
+        return tensors
+
+    def compose(self, tensors: Mapping[str, Tensor], spec: WeightSpec) -> tuple[Tensor, Tensor | None]:
+        return tensors["weight"], tensors.get("bias")

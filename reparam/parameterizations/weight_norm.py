@@ -1,0 +1,83 @@
+"""WN, weight normalization: w = g·v/‖v‖ (Salimans & Kingma 2016, eq. 2).
+
+The norm runs over the axes on which g has extent 1, whatever ``dim`` torch was given: (out, 1, 1) for the default
+dim=0, (1, 1, k) for wav2vec2's positional convolution, () for dim=None. New tensors use dim=0, so that they load strict
+into torch's own old and new ``weight_norm``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from reparam.dtypes import torch_dtype
+from reparam.errors import NonFiniteError
+from reparam.parameterizations.base import Parameterization, TensorSpecs, WeightSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class WeightNorm(Parameterization):
+    """φ(g·vᵀx/‖v‖ + b); v is the plain weight bit for bit, g its norm. g is learned, like v and b.
+
+    A row of zeros has no direction: it becomes g = 0 with v on the last axis, since torch's own 0·v/‖0‖ is NaN.
+    """
+
+    name = "wn"
+    title = "weight normalization"
+
+    def tensors(self, spec: WeightSpec, bias: str | None) -> TensorSpecs:
+        specs: TensorSpecs = {
+            "weight_g": (spec.stored, (spec.shape[0],) + (1,) * (len(spec.shape) - 1)),
+            "weight_v": (spec.dtype, spec.shape),
+        }
+        if bias is not None:
+            assert spec.bias_dtype is not None
+            assert spec.bias_shape is not None
+            specs["bias"] = (spec.bias_dtype, spec.bias_shape)
+        return specs
+
+    def decompose(
+        self, weight: Tensor, bias: Tensor | None, spec: WeightSpec, bias_role: str | None = None
+    ) -> dict[str, Tensor]:
+        import torch
+
+        from reparam.kernels.hyperspherical import row_norms
+
+        v = weight.to(torch_dtype(spec.dtype))
+        g = row_norms(v.reshape(v.shape[0], -1)).to(torch_dtype(spec.stored))
+        if not bool(torch.isfinite(g).all()):
+            raise NonFiniteError("a row's norm does not fit float32 (--theta-dtype float64 holds it)")
+        dead = g == 0
+        if bool(dead.any()):
+            v = v.clone()
+            v.reshape(v.shape[0], -1)[dead, -1] = 1
+        shape = (v.shape[0],) + (1,) * (v.dim() - 1)
+        tensors = {"weight_g": g.reshape(shape), "weight_v": v}
+        if bias is not None:
+            assert spec.bias_dtype is not None
+            tensors["bias"] = bias.to(torch_dtype(spec.bias_dtype))
+        return tensors
+
+    def compose(self, tensors: Mapping[str, Tensor], spec: WeightSpec) -> tuple[Tensor, Tensor | None]:
+        v, g = tensors["weight_v"].double(), tensors["weight_g"].double()
+        axes = norm_axes(tuple(v.shape), tuple(g.shape))
+        squared = v.square().sum(dim=axes, keepdim=True) if axes else v.square()
+        norm = squared.sqrt()
+        scale = (g if g.dim() else g.reshape((1,) * v.dim())) / norm.masked_fill(norm == 0, 1.0)
+        return v * scale, tensors.get("bias")
+
+
+def norm_axes(v_shape: tuple[int, ...], g_shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Axes of v over which the norm runs: those on which g has extent 1; all for a scalar g."""
+    if not g_shape:
+        return tuple(range(len(v_shape)))
+    return tuple(i for i, extent in enumerate(g_shape) if extent == 1)
+
+
+def is_weight_norm(v_shape: tuple[int, ...], g_shape: tuple[int, ...]) -> bool:
+    """Whether these shapes can be a weight normalization's v and g."""
+    if not g_shape:
+        return True
+    return len(g_shape) == len(v_shape) and all(g in (1, v) for g, v in zip(g_shape, v_shape, strict=True))

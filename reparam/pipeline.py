@@ -1,0 +1,173 @@
+"""The stages, one after the other. They do not know one another; this module does."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from reparam.checkpoint.staging import refuse_existing, staged
+from reparam.errors import ArchitectureError, OutputError, ReparamError
+
+# Stages are imported where they run: commands that read headers must not wait for torch.
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from reparam.checkpoint.metadata import LayerRecord
+    from reparam.graph import InputSpec
+    from reparam.training import FinetuneResult, Recipe
+    from reparam.verification import Report
+
+__all__ = ["FinetuneRun", "OnnxExport", "export_onnx", "finetune"]
+
+
+@dataclass(frozen=True)
+class FinetuneRun:
+    """The checkpoint a fine-tuning wrote, its size, and how it went."""
+
+    output: Path
+    nbytes: int
+    result: FinetuneResult
+    recipe: Recipe
+
+
+@dataclass(frozen=True)
+class OnnxExport:
+    """The ONNX file an export wrote, its size, and the report of the verification it passed."""
+
+    output: Path
+    nbytes: int
+    report: Report
+
+
+def finetune(
+    path: Path,
+    arch: str | None,
+    data: Path,
+    out: Path,
+    recipe: Recipe | None = None,
+    *,
+    arch_args: Mapping[str, str] | None = None,
+    mean: float | None = None,
+    std: float | None = None,
+    force: bool = False,
+    on_step: Callable[[int, float], None] | None = None,
+) -> FinetuneRun:
+    """Fine-tune a checkpoint in the parameterization it is held in.
+
+    Args:
+        path: the checkpoint.
+        arch, arch_args: its network, as :func:`reparam.graph.load_architecture` takes them.
+        data: folder of IDX files; ``mean`` and ``std`` as :func:`reparam.training.load_dataset` takes them.
+        out: folder for ``model.safetensors``, held as the input is, and ``metrics.jsonl``; made if missing.
+        recipe: how to train.
+        force: replace what an earlier run left in ``out``.
+        on_step: called after every step with its number and loss.
+
+    Raises:
+        ReparamError: bad input; nothing was written.
+        CheckFailedError: training diverged; nothing was written.
+    """
+    from reparam.checkpoint import save_state_dict
+    from reparam.training import Recipe, load_dataset
+    from reparam.training import finetune as train
+
+    recipe = recipe or Recipe()
+    target, metrics = out / "model.safetensors", out / "metrics.jsonl"
+    if out.exists() and not out.is_dir():
+        raise OutputError(f"{out}: exists and is not a folder: name another place with -o")
+    if target.exists() and not force:
+        raise OutputError(f"{target}: exists: --force overwrites it, -o names another place")
+    tensors, records, model = _load(path, arch, arch_args)
+    dataset = load_dataset(data, mean, std)
+    result = train(model, dataset, recipe, on_step)
+    # As the file had them, whatever dtype the architecture computes in.
+    trained = {key: value.to(tensors[key].dtype) for key, value in model.state_dict().items()}
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{out}: cannot be made ({error.strerror})") from error
+    save_state_dict(trained, records, target, force=force)
+    with staged(metrics, force=True) as temporary:
+        temporary.write_text(_metrics(result, recipe), encoding="utf-8")
+    return FinetuneRun(target, target.stat().st_size, result, recipe)
+
+
+def export_onnx(
+    path: Path,
+    arch: str | None,
+    specs: Sequence[InputSpec],
+    out: Path,
+    *,
+    arch_args: Mapping[str, str] | None = None,
+    opset: int | None = None,
+    seed: int = 0,
+    force: bool = False,
+) -> OnnxExport:
+    """Fold a checkpoint, export it to ONNX and prove that the file computes what the checkpoint computes.
+
+    The file is compared, in ONNX Runtime, against the *unfolded* model in float64, and gets its name only if
+    it passed; else it is left as ``NAME.failed.onnx``.
+
+    Args:
+        path: the checkpoint.
+        arch, arch_args: its network, as :func:`reparam.graph.load_architecture` takes them.
+        specs: the network's inputs.
+        out: the ONNX file.
+        opset: version of ONNX's operator set, the exporter's default without.
+        seed: of the inputs of the comparison.
+        force: replace ``out`` if it exists.
+
+    Raises:
+        ReparamError: bad input; nothing was written.
+        VerificationError: the comparison failed; ``out`` was not touched.
+        CheckFailedError: the model cannot be exported; nothing was written.
+    """
+    from reparam.export import export_onnx_model
+    from reparam.graph import fold
+    from reparam.verification import VerificationError, compare_onnx
+
+    if not specs:
+        raise ReparamError("--input is missing: what the network takes, such as --input N,3,224,224")
+    refuse_existing(out, force)
+    _, _, model = _load(path, arch, arch_args)
+    model.eval()
+    with staged(out, force) as temporary:
+        export_onnx_model(fold(model), specs, temporary, opset)
+        report = compare_onnx(model, temporary, specs, seed)
+        if not report.passed:
+            failed = out.with_suffix(".failed.onnx")
+            temporary.replace(failed)
+            found = "; ".join(str(check).removeprefix("FAIL ") for check in report.failures)
+            raise VerificationError(
+                f"{out}: not written, the exported file differs ({failed.name}): {found}", report
+            )
+    return OnnxExport(out, out.stat().st_size, report)
+
+
+def _load(
+    path: Path, arch: str | None, arch_args: Mapping[str, str] | None
+) -> tuple[dict[str, Tensor], dict[str, LayerRecord], nn.Module]:
+    """A checkpoint's tensors and records, and its network filled with them."""
+    from reparam.checkpoint import load_state_dict
+    from reparam.graph import apply_records, load_architecture, load_into
+
+    if arch is None:
+        raise ArchitectureError(
+            f"`{path.name}` holds weights, not a network: give --arch file.py:fn, --template base.onnx or a "
+            "folder with config.json; for plain weights only: reparam convert … --to sp"
+        )
+    tensors, records = load_state_dict(path)
+    model = apply_records(load_architecture(arch, arch_args), records)
+    load_into(model, tensors, str(path))
+    return tensors, records, model
+
+
+def _metrics(result: FinetuneResult, recipe: Recipe) -> str:
+    """JSON lines: the recipe, every step, the accuracies."""
+    lines: list[dict[str, object]] = [{"recipe": asdict(recipe)}]
+    lines += [{"step": step, "loss": loss} for step, loss in enumerate(result.losses, 1)]
+    lines.append({"accuracy_before": result.accuracy_before, "accuracy_after": result.accuracy_after})
+    return "".join(json.dumps(line) + "\n" for line in lines)
