@@ -28,8 +28,8 @@ def inspect(
     if as_json:
         print(json.dumps(found.to_json()))
         return
-    headings = ["layer", "held as", "shape", "dtype", "units", "fan-in", "bias"]
-    headings += ["‖w‖ min", "‖w‖ max", "dead", "zeros"] if stats else []
+    headings = ["layer", "held as", "shape", "dtype"]
+    headings += ["‖w‖ min", "‖w‖ max", "dead", "zeros"] if stats else ["units", "fan-in", "bias"]
     text.table(headings, [_row(found, i, stats) for i in range(len(found.layers))])
     _summary(found)
 
@@ -42,26 +42,14 @@ def _row(found: Inspection, i: int, stats: bool) -> list[str]:
     )
     stored = found.checkpoint.tensors[layer.weight_key].dtype
     dtype = spec.dtype if stored == spec.dtype else f"{spec.dtype} (as {stored})"
-    row = [
-        layer.name,
-        held,
-        text.shape(spec.shape),
-        dtype,
-        str(spec.units),
-        str(spec.fan_in),
-        layer.bias or "—",
-    ]
-    if stats:
-        numbers = found.statistics[layer.key]
-        if numbers.non_finite:
-            return [*row, "NaN/Inf", "NaN/Inf", "—", "—"]
-        row += [
-            f"{numbers.smallest:.4g}",
-            f"{numbers.largest:.4g}",
-            str(numbers.dead),
-            f"{numbers.zeros:.1%}",
-        ]
-    return row
+    row = [layer.name, held, text.shape(spec.shape), dtype]
+    if not stats:
+        return [*row, str(spec.units), str(spec.fan_in), layer.bias or "—"]
+    numbers = found.statistics[layer.key]
+    if numbers.non_finite:
+        return [*row, "NaN/Inf", "NaN/Inf", "—", "—"]
+    norms = (f"{numbers.smallest:.4g}", f"{numbers.largest:.4g}")
+    return [*row, *norms, str(numbers.dead), f"{numbers.zeros:.1%}"]
 
 
 def _summary(found: Inspection) -> None:
@@ -80,6 +68,6 @@ def _summary(found: Inspection) -> None:
         print(f"  tied: {alias} shares {key}")
     assumed = [layer.name for layer in found.layers if layer.assumed_axis]
     if assumed:
-        print(f"  unit axis 0 assumed, shapes fit another as well: {text.shorten(assumed)}")
+        print(f"  unit axis assumed, shapes fit another as well: {text.shorten(assumed)}")
     for note in checkpoint.notes:
         print(f"  {note}")

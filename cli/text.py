@@ -36,30 +36,23 @@ def shorten(names: Sequence[str], most: int = 6) -> str:
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table to stdout; as wide as it must be where stdout is no terminal."""
+    """Print a table to stdout, as wide as it must be: names are to be read and copied whole."""
     from rich import box
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
-    console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
-    grid = Table(*headings, box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for column, heading in zip(grid.columns, headings, strict=True):
-        column.justify = "right" if heading in _NUMBERS else "left"
-        column.overflow = "fold"
+    grid = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for heading in headings:
+        grid.add_column(heading, justify="right" if heading in _NUMBERS else "left", no_wrap=True)
     for row in rows:
-        grid.add_row(*(_plain(cell) for cell in row))
-    console.print(grid)
+        grid.add_row(*(escape(cell) for cell in row))
+    Console(width=10_000, highlight=False).print(grid, crop=False, overflow="ignore")
 
 
 _NUMBERS = frozenset(
     {"fan-in", "units", "size", "inexact", "row error", "‖w‖ min", "‖w‖ max", "dead", "zeros"}
 )
-
-
-def _plain(cell: str) -> str:
-    from rich.markup import escape
-
-    return escape(cell)
 
 
 @contextmanager

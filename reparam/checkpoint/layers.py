@@ -105,9 +105,9 @@ def _unsuitable(key: str, info: TensorInfo) -> str | None:
     if param == "theta":
         return "looks like GmP angles, but the file has no `reparam` metadata to tell their origin and fan-in"
     if not dialects.is_weight(key, len(info.shape)):
-        return f"'{param}' is not a layer's weight"
+        return "not a layer's weight, by its name"
     if len(info.shape) < 2:
-        return f"{len(info.shape)}-dimensional: a scale or a shift, not rows of weights"
+        return "fewer than two axes: a scale or a shift, not rows of weights"
     if info.dtype not in FLOATING:
         return f"{info.dtype} cannot be reparameterized"
     if info.numel == 0:

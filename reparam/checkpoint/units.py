@@ -17,7 +17,7 @@ from reparam.errors import SelectionError
 from reparam.parameterizations import UnitAxis
 
 # Models whose attention and MLP matrices are HF Conv1D, (in, out), by config.json's model_type.
-_CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "gpt_bigcode_conv1d"})
+_CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
 _CONV1D_LAYERS = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
 
 
@@ -49,16 +49,13 @@ def infer(
     if dialects.is_expert_stack(plain_key, len(shape)):
         fits = [axis for axis in (1, 2) if bias_shape in (None, (shape[0], shape[axis]))]
         return Units(UnitAxis(fits[0] if fits else 1, shape[0]), assumed=len(fits) != 1)
-    if param != "weight":
-        return Units(UnitAxis())
+    if param != "weight" or (len(shape) == 2 and bias_shape is None):
+        return Units(UnitAxis())  # torch's own names are (out, in), and HF Conv1D always has a bias
     candidates = _candidates(shape, bias_shape)
-    if len(shape) == 2:
-        if config:
-            conv1d = config.get("model_type") in _CONV1D_MODELS and layer.rpartition(".")[2] in _CONV1D_LAYERS
-            return Units(UnitAxis(1 if conv1d else 0))
-        if bias_shape is None:
-            return Units(UnitAxis())  # HF Conv1D always has a bias
-    elif g_shape is not None and len(g_shape) == len(shape) and _kept(g_shape) == [1]:
+    if len(shape) == 2 and len(candidates) > 1 and config:
+        conv1d = config.get("model_type") in _CONV1D_MODELS and layer.rpartition(".")[2] in _CONV1D_LAYERS
+        return Units(UnitAxis(1 if conv1d else 0))
+    if g_shape is not None and len(g_shape) == len(shape) and _kept(g_shape) == [1]:
         # Norms taken over all axes but the second: somebody named dim=1, as for a transposed convolution.
         candidates = [c for c in candidates if c.axis == 1] or candidates
     if not candidates:

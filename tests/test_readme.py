@@ -1,0 +1,77 @@
+"""What the README shows is true: its commands are the ones that run, its options exist."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from reparam.cli.main import main
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+DEMO = README.partition("<!-- demo:begin -->\n```text\n")[2].partition("\n```\n<!-- demo:end -->")[0]
+COMMANDS = re.findall(r"^\$ reparam (\w+ .*?)(?: +#.*)?$", README.replace(DEMO, ""), flags=re.MULTILINE)
+
+
+def test_ci_calls_the_test_command_word_for_word() -> None:
+    command = next(line for line in README.splitlines() if line.startswith("python3") and "pytest" in line)
+    assert command in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    assert command in (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+
+
+def test_every_option_in_the_table_exists(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["convert", "--help"])
+    known = set(re.findall(r"--[a-z-]+|-o\b", capsys.readouterr().out))
+    rows = re.findall(r"^\| (`-.*?) \|", README, flags=re.MULTILINE)
+    shown = set(re.findall(r"--[a-z-]+|-o\b", " ".join(rows)))
+    assert shown
+    assert shown <= known
+
+
+def test_the_pseudocode_is_the_map() -> None:
+    """The right-hand column of the Concepts section, run as it stands."""
+    from math import cos, sin
+
+    import torch
+
+    from reparam.kernels.hyperspherical import decode
+
+    block = next(b for b in re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL) if "# GmP" in b)
+    lines = block.splitlines()
+    column = lines[0].index("# GmP")
+    code = "\n".join(line[column:] for line in lines)
+    scope: dict[str, object] = {"sin": sin, "cos": cos}
+    exec(code, scope)
+    theta = [0.3, -1.1, 2.5]
+    found = scope["weight"](1.7, theta)  # type: ignore[operator]
+    expected = decode(
+        torch.tensor([theta], dtype=torch.float64), 4, torch.float64, torch.tensor([1.7], dtype=torch.float64)
+    )
+    torch.testing.assert_close(torch.tensor([found], dtype=torch.float64), expected, rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_commands_shown_parse(line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They name files that are not there: the one line must be about the file, not about the usage."""
+    monkey = [word.replace("DIR", str(tmp_path)) for word in line.split()]
+    assert main(monkey) == 2
+    error = capsys.readouterr().err
+    assert "usage" not in error
+    assert "no such file" in error
+
+
+def test_the_demo_prints_what_is_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Word for word but for figures, which differ a little from machine to machine."""
+    monkeypatch.chdir(tmp_path)
+    assert main(["demo"]) == 0
+    assert DEMO
+    assert _without_figures(capsys.readouterr().out) == _without_figures(DEMO)
+
+
+def _without_figures(text: str) -> str:
+    # The input with the largest error, and the element where it is, are figures too.
+    text = re.sub(r"linear\[.*?\], input \[.*?\] at scale \S+", "linear", text.strip())
+    return re.sub(r"\d[\d,.]*(e-?\d+)?", "#", text)
