@@ -202,3 +202,14 @@ def test_a_reference_that_leads_nowhere_says_why(arch_file: Path, ref: str, mess
 def test_wrong_arguments_point_at_their_option(arch_file: Path) -> None:
     with pytest.raises(ArchitectureError, match=r"unexpected keyword argument 'depth'.*--arch-arg"):
         load_architecture(f"{arch_file}:build", {"depth": "2"})
+
+
+def test_a_file_from_before_the_batch_counter_loads() -> None:
+    source = a_model()
+    old = {
+        key: value for key, value in source.state_dict().items() if not key.endswith("num_batches_tracked")
+    }
+    fresh = a_model()
+    nn.init.zeros_(fresh[0].weight)
+    load_into(fresh, old, "file")
+    assert all(torch.equal(fresh.state_dict()[key], value) for key, value in source.state_dict().items())

@@ -70,7 +70,9 @@ def load_into(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> No
     """
     own = model.state_dict()
     problems = []
-    missing, unexpected = own.keys() - tensors.keys(), tensors.keys() - own.keys()
+    # Files from before torch 0.4.1 lack BatchNorm's counter, which nothing is computed with; torch fills it in too.
+    missing = {k for k in own.keys() - tensors.keys() if not k.endswith("num_batches_tracked")}
+    unexpected = tensors.keys() - own.keys()
     if missing:
         problems.append(f"missing from the file: {_patterns(missing)}")
     if unexpected:
@@ -86,7 +88,7 @@ def load_into(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> No
         )
     if problems:
         raise ArchitectureError(f"{where} does not fit {type(model).__name__}: {'; '.join(problems)}")
-    model.load_state_dict(dict(tensors))
+    model.load_state_dict({**own, **tensors})
 
 
 def _load_file(ref: str, path: Path) -> ModuleType:
