@@ -40,11 +40,11 @@ def convert(
         print(json.dumps(value))
         return
     rows = [
-        [r["name"], f"{r['ratio']:.2f}×", f"{r['seconds']:.2f}", f"{r['peak_mb']:.0f}",
+        [r["name"], f"{r['ratio']:.2f}×", f"{r['durable_ratio']:.2f}×", f"{r['seconds']:.2f}", f"{r['peak_mb']:.0f}",
          f"{r['read_mb']:.0f}", f"{r['written_mb']:.0f}"]
         for r in value["results"]
     ]  # fmt: skip
-    text.table(["job", "time", "seconds", "peak MB", "read MB", "written MB"], rows)
+    text.table(["job", "time", "time to + fsync", "seconds", "peak MB", "read MB", "written MB"], rows)
     machine = value["machine"]
     print(
         f"\n{gigabytes:g} GB of {dtype}, {repeats} repeats; {machine['processor']}, {machine['cores']} cores,"

@@ -76,7 +76,7 @@ def _axes(given: list[str]) -> dict[str, int]:
     axes = {}
     for item in given:
         pattern, _, axis = item.rpartition("=")
-        if not pattern or not axis.isdigit():
+        if not pattern or not (axis.isascii() and axis.isdigit()):
             raise SelectionError(f"--axis {item}: expected GLOB=N, such as --axis 'decoder.*=1'")
         axes[pattern] = int(axis)
     return axes

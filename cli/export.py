@@ -35,7 +35,8 @@ def export(
     from reparam.verification import VerificationError
 
     specs = [parse_spec(text) for text in inputs or ()]
-    print(f"exporting {path} and comparing in ONNX Runtime", file=sys.stderr)
+    if sys.stderr.isatty():
+        print(f"exporting {path} and comparing in ONNX Runtime", file=sys.stderr)
     try:
         done = pipeline.export_onnx(
             path,

@@ -19,9 +19,11 @@ from typing import Any
 
 from reparam.bench.machine import describe
 
-#: job -> (source folder, target parameterization or None for a plain copy)
+PLAIN, DURABLE = "load_file + save_file", "load_file + save_file + fsync"
+#: job -> (source folder, target parameterization or None for a plain copy). A conversion ends with its bytes on disk.
 JOBS: dict[str, tuple[str, str | None]] = {
-    "load_file + save_file": ("sp", None),
+    PLAIN: ("sp", None),
+    DURABLE: ("sp", None),
     "SP → WN": ("sp", "wn"),
     "SP → GmP": ("sp", "gmp"),
     "GmP → SP": ("gmp", "sp"),
@@ -36,6 +38,7 @@ class JobResult:
         name: of the job.
         seconds: wall time, imports not counted.
         ratio: median over the repeats of this job's time to the plain copy's of the same repeat.
+        durable_ratio: the same to the plain copy with an fsync of every shard.
         peak_mb: largest resident memory of its process.
         read_mb, written_mb: sizes of its input and output.
     """
@@ -43,6 +46,7 @@ class JobResult:
     name: str
     seconds: float
     ratio: float
+    durable_ratio: float
     peak_mb: float
     read_mb: float
     written_mb: float
@@ -75,11 +79,10 @@ def bench_convert(
         for repeat in range(repeats):
             for name, (source, to) in JOBS.items():
                 tell(f"repeat {repeat + 1} of {repeats}: {name}")
-                runs[name].append(_run(folder, source, to))
+                runs[name].append(_run(folder, source, to, durable=name == DURABLE))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    plain = [run["seconds"] for run in runs["load_file + save_file"]]
-    results = [_median(name, found, plain) for name, found in runs.items()]
+    results = [_median(name, found, runs[PLAIN], runs[DURABLE]) for name, found in runs.items()]
     return {
         "what": "convert",
         "machine": describe(),
@@ -88,26 +91,36 @@ def bench_convert(
     }
 
 
-def _median(name: str, runs: list[dict[str, float]], plain: list[float]) -> JobResult:
-    ratios = [run["seconds"] / base for run, base in zip(runs, plain, strict=True)]
+_Runs = list[dict[str, float]]
+
+
+def _median(name: str, runs: _Runs, plain: _Runs, durable: _Runs) -> JobResult:
+    def ratio(bases: _Runs) -> float:
+        return statistics.median(
+            run["seconds"] / base["seconds"] for run, base in zip(runs, bases, strict=True)
+        )
+
     return JobResult(
         name,
         statistics.median(run["seconds"] for run in runs),
-        statistics.median(ratios),
+        ratio(plain),
+        ratio(durable),
         max(run["peak_mb"] for run in runs),
         runs[0]["read_mb"],
         runs[0]["written_mb"],
     )
 
 
-def _run(folder: Path, source: str, to: str | None, keep: bool = False) -> dict[str, float]:
+def _run(
+    folder: Path, source: str, to: str | None, keep: bool = False, durable: bool = False
+) -> dict[str, float]:
     """One job in a process of its own; its output is deleted unless it is to be kept as a source."""
     output = folder / (to if keep and to else "out")
     for file in (folder / source).iterdir():
         with file.open("rb") as stream:  # warm the cache
             while stream.read(1 << 24):
                 pass
-    job = json.dumps({"source": str(folder / source), "to": to, "output": str(output)})
+    job = json.dumps({"source": str(folder / source), "to": to, "output": str(output), "durable": durable})
     done = subprocess.run(
         [sys.executable, "-m", "reparam.bench.worker", job], capture_output=True, text=True, check=False
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import sys
 import time
@@ -21,13 +22,26 @@ def main() -> None:
         output.mkdir()
         for shard in sorted(source.glob("*.safetensors")):
             save_file(load_file(shard), output / shard.name, {"format": "pt"})
+            if job["durable"]:
+                with (output / shard.name).open("rb") as file:
+                    os.fsync(file.fileno())
     else:
         convert_checkpoint(source, job["to"], output=output)
     seconds = time.perf_counter() - began
-    # Linux counts kilobytes, macOS bytes.
+    print(json.dumps({"seconds": seconds, "peak_mb": _peak_mb()}))
+
+
+def _peak_mb() -> float:
+    """Largest resident memory of this process so far."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        # Linux's ru_maxrss starts from the peak of the process that started this one; VmHWM is this one's own.
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024 / 1e6
+    # macOS counts bytes, others kilobytes.
     unit = 1e6 if sys.platform == "darwin" else 1e3
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-    print(json.dumps({"seconds": seconds, "peak_mb": peak}))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,7 +26,8 @@ def output_path(checkpoint: Checkpoint, to: str, output: Path | None) -> Path:
     Raises:
         OutputError: ``output`` is not of the input's kind.
     """
-    source = checkpoint.path.resolve()
+    # Not resolved: the output of a link stands beside the link, under its name. But "." is called what it is.
+    source = Path(os.path.abspath(checkpoint.path))
     if checkpoint.folder is None:
         if output is None:
             return source.with_name(f"{_base(source.name.removesuffix(source.suffix), '.')}.{to}.safetensors")
@@ -37,7 +39,7 @@ def output_path(checkpoint: Checkpoint, to: str, output: Path | None) -> Path:
             )
         return output
     if output is None:
-        folder = checkpoint.folder.resolve()
+        folder = Path(os.path.abspath(checkpoint.folder))
         return folder.with_name(f"{_base(folder.name, '-')}-{to}")
     if output.is_file() or output.suffix == ".safetensors":
         raise OutputError(f"-o {output}: a file; the input is a folder: name a folder")
@@ -75,6 +77,11 @@ def _companions(checkpoint: Checkpoint) -> list[Path]:
     ]
 
 
+def _weights_below(folder: str, names: list[str]) -> list[str]:
+    """Files of weights in a subfolder, which do not go along either."""
+    return [name for name in names if Path(name).suffix in _OTHER_WEIGHTS and (Path(folder) / name).is_file()]
+
+
 def companions_size(checkpoint: Checkpoint) -> int:
     """Bytes of the files that go along."""
     files = [
@@ -90,7 +97,7 @@ def prepare(checkpoint: Checkpoint, temporary: Path) -> None:
     temporary.mkdir()
     for entry in _companions(checkpoint):
         if entry.is_dir():
-            shutil.copytree(entry, temporary / entry.name)
+            shutil.copytree(entry, temporary / entry.name, ignore=_weights_below)
         else:
             shutil.copyfile(entry, temporary / entry.name)
 

@@ -70,6 +70,12 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
         raise CheckpointError(f"{path}: malformed safetensors header ({error})") from error
     if not isinstance(header, dict):
         raise CheckpointError(f"{path}: malformed safetensors header (not an object)")
+    try:
+        json.dumps(header, ensure_ascii=False).encode()
+    except (UnicodeEncodeError, RecursionError):
+        raise CheckpointError(
+            f"{path}: malformed safetensors header (a name that is no Unicode text)"
+        ) from None
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise CheckpointError(f"{path}: malformed safetensors header (__metadata__ is not a map of strings)")
@@ -105,14 +111,28 @@ def _entry(path: Path, key: str, value: Any, start: int) -> TensorInfo:
         raise CheckpointError(
             f"{path}: '{key}' has unknown dtype {dtype!r}: upgrade reparam, or save it in another"
         )
-    if not all(type(number) is int and number >= 0 for number in (*shape, begin, end)):
+    if not all(type(number) is int and 0 <= number < 1 << 63 for number in (*shape, begin, end)):
         raise CheckpointError(f"{path}: '{key}' has a malformed shape or offsets")
-    if end - begin != dtypes.nbytes(dtype, shape):
+    claimed = _bits(dtype, shape)
+    if claimed is None or claimed % 8:
         raise CheckpointError(
-            f"{path}: '{key}' claims {end - begin} bytes, {dtype} of shape {list(shape)} takes"
-            f" {dtypes.nbytes(dtype, shape)}"
+            f"{path}: '{key}' has a shape that is too large, or does not fill whole bytes of {dtype}"
+        )
+    if end - begin != claimed // 8:
+        raise CheckpointError(
+            f"{path}: '{key}' claims {end - begin} bytes, {dtype} of shape {list(shape)} takes {claimed // 8}"
         )
     return TensorInfo(key, dtype, shape, path, start + begin, end - begin)
+
+
+def _bits(dtype: str, shape: tuple[int, ...]) -> int | None:
+    """Bits of a tensor; None beyond what a file can hold, without multiplying millions of digits."""
+    total = 0 if 0 in shape else dtypes.bits(dtype)
+    for extent in shape:
+        total *= extent
+        if total >= 1 << 66:
+            return None
+    return total
 
 
 def _contiguous(path: Path, tensors: list[TensorInfo], start: int, size: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
@@ -10,7 +11,7 @@ from reparam.checkpoint.header import TensorInfo
 from reparam.checkpoint.metadata import LayerRecord
 from reparam.checkpoint.reading import Checkpoint
 from reparam.dtypes import FLOATING
-from reparam.errors import CheckpointError
+from reparam.errors import CheckpointError, SelectionError
 from reparam.parameterizations import WeightSpec, parameterization
 from reparam.parameterizations.weight_norm import is_weight_norm
 
@@ -78,6 +79,8 @@ def find_layers(checkpoint: Checkpoint, axes: Mapping[str, int] | None = None) -
     others: dict[str, str] = {}
     for plain_key, (dialect, g, v) in dialects.weight_norm_keys(free).items():
         layer = _weight_norm(checkpoint, plain_key, dialect, g, v, axes or {})
+        if layer is None and dialect == "clip-gmp":
+            continue  # an r and a theta of other shapes: looked at below
         if layer is None:
             others |= dict.fromkeys((g, v), "looks like a torch parametrization other than weight_norm")
         else:
@@ -96,7 +99,10 @@ def find_layers(checkpoint: Checkpoint, axes: Mapping[str, int] | None = None) -
     others = {key: reason for key, reason in others.items() if key not in taken}
     order = {key: i for i, key in enumerate(infos)}
     layers.sort(key=lambda layer: order[layer.weight_key])
-    return Contents(tuple(_tied(layers, checkpoint.aliases)), others)
+    layers = _tied(layers, checkpoint.aliases, axes or {})
+    kept = {key for layer in layers for key in layer.tensors.values()}
+    others |= dict.fromkeys(sorted(taken - kept), "bias of a layer that is tied to one with other units")
+    return Contents(tuple(layers), others)
 
 
 def _unsuitable(key: str, info: TensorInfo) -> str | None:
@@ -179,7 +185,7 @@ def _recorded(checkpoint: Checkpoint, key: str, record: LayerRecord) -> Layer:
             raise CheckpointError(
                 f"{checkpoint.path}: '{name}' is missing, which the metadata of layer '{key}' names"
             )
-        if (info.dtype, info.shape) != (dtype, shape) and role != "bias":
+        if (info.dtype, info.shape) != (dtype, shape):
             raise CheckpointError(
                 f"{checkpoint.path}: '{name}' is {info.dtype} {list(info.shape)}, the metadata says {dtype} {list(shape)}"
             )
@@ -196,13 +202,31 @@ def _recorded_dialect(checkpoint: Checkpoint, key: str, record: LayerRecord) -> 
     return dialects.DEFAULT_DIALECT["wn"]
 
 
-def _tied(layers: list[Layer], aliases: Mapping[str, str]) -> list[Layer]:
-    """Mark layers whose weight tensors are all another layer's; they share its unit axis too."""
+def _tied(layers: list[Layer], aliases: Mapping[str, str], axes: Mapping[str, int]) -> list[Layer]:
+    """Mark layers whose weight is another's. They share its unit axis: one weight has one set of units."""
     owners = {layer.weight_key: layer for layer in layers}
     marked = []
     for layer in layers:
         owner = owners.get(aliases.get(layer.weight_key, ""))
         if owner is not None and owner.kind == layer.kind:
-            layer = replace(layer, tied_to=owner.key)
+            layer = replace(_reading_like(layer, owner, axes), tied_to=owner.key)
         marked.append(layer)
     return marked
+
+
+def _reading_like(layer: Layer, owner: Layer, axes: Mapping[str, int]) -> Layer:
+    """``layer`` with the owner's unit axis; a bias with another count of elements is then no part of it."""
+    unit = owner.spec.unit
+    if layer.spec.unit == unit:
+        return layer
+    named = next((pattern for pattern in axes if units.matches(layer.key, pattern)), None)
+    if named is not None:
+        raise SelectionError(
+            f"--axis {named}={axes[named]}: the weight of '{layer.key}' is that of '{owner.key}', whose units are on axis"
+            f" {unit.axis}: name the same axis for both"
+        )
+    spec, tensors = replace(layer.spec, unit=unit), dict(layer.tensors)
+    if spec.bias_shape is not None and math.prod(spec.bias_shape) != spec.units:
+        spec = replace(spec, bias_shape=None, bias_dtype=None)
+        del tensors["bias"]
+    return replace(layer, spec=spec, tensors=tensors, assumed_axis=owner.assumed_axis)

@@ -10,6 +10,7 @@ The key of a layer is the key its plain weight has in a state_dict.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -98,8 +99,8 @@ def _record(value: dict[str, Any]) -> LayerRecord:
         stored=value["stored"],
         theta_origin=value.get("theta_origin", "equator"),
     )
-    if value["kind"] not in PARAMETERIZATIONS:
-        raise ValueError(f"unknown kind {value['kind']!r}")
+    if value["kind"] == "sp" or PARAMETERIZATIONS[value["kind"]].needs_graph:
+        raise ValueError(f"kind {value['kind']!r}")
     if bias not in (None, "bias", "lambda_") or spec.theta_origin not in ("equator", "pole"):
         raise ValueError(f"bias {bias!r}, theta_origin {spec.theta_origin!r}")
     if spec.dtype not in FLOATING or spec.stored not in ("F32", "F64"):
@@ -108,11 +109,12 @@ def _record(value: dict[str, Any]) -> LayerRecord:
         raise ValueError(f"bias_dtype {spec.bias_dtype!r}")
     if not spec.unit.fits(spec.shape) or spec.fan_in != value["fan_in"]:
         raise ValueError(f"axis {spec.unit.axis}, groups {spec.unit.groups}, fan_in {value['fan_in']}")
+    if spec.bias_shape is not None and math.prod(spec.bias_shape) != spec.units:
+        raise ValueError(f"bias_shape {list(spec.bias_shape)} of {spec.units} units")
     return LayerRecord(kind=value["kind"], spec=spec, bias=bias)
 
 
 def _shape(value: list[int]) -> tuple[int, ...]:
-    shape = tuple(int(extent) for extent in value)
-    if any(extent < 0 for extent in shape):
-        raise ValueError(f"shape {list(shape)}")
-    return shape
+    if not all(type(extent) is int and 0 <= extent < 1 << 63 for extent in value):
+        raise ValueError(f"shape {value}")
+    return tuple(value)

@@ -6,14 +6,16 @@ a time like those of a safetensors file. Files from before torch 1.6 have no suc
 
 from __future__ import annotations
 
+import logging
 import pickle
-import zipfile
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reparam import dtypes
+from reparam.checkpoint.archives import record_places
 from reparam.checkpoint.header import TensorInfo
 from reparam.errors import CheckpointError
 
@@ -41,7 +43,7 @@ class PickleContents:
     aliases: dict[str, str]
     held: dict[str, Tensor]
     nest: tuple[str, ...]
-    left: tuple[str, ...]
+    left: list[str]
 
 
 def read_pickle(path: Path) -> PickleContents:
@@ -50,50 +52,86 @@ def read_pickle(path: Path) -> PickleContents:
     Raises:
         CheckpointError: unreadable, holds more than tensors and containers of them, or no state_dict.
     """
-    import torch
-
-    value = _load(path, located=True)
-    if value is None:
-        value = _load(path, located=False)
-    state, nest = _state_dict(path, value)
-    tensors: dict[str, TensorInfo] = {}
-    aliases: dict[str, str] = {}
-    held: dict[str, Tensor] = {}
-    seen: dict[Any, str] = {}
-    left = []
-    for key, tensor in state.items():
-        if not isinstance(tensor, torch.Tensor) or not isinstance(key, str):
-            left.append(str(key))
-            continue
-        if tensor.is_sparse or tensor.is_quantized:
-            raise CheckpointError(f"{path}: '{key}' is a sparse or quantized tensor: save it dense")
-        info, identity, located = _locate(path, key, tensor)
-        tensors[key] = info
-        if not located:
-            held[key] = tensor
-        if info.nbytes and identity in seen:
-            aliases[key] = seen[identity]
-        else:
-            seen[identity] = key
-    return PickleContents(tensors, aliases, held, nest, tuple(left))
-
-
-def _load(path: Path, located: bool) -> Any:
-    """The file's value; with ``located`` its tensors have places in the file and no data, None where that fails."""
-    import torch
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
     if path.suffix == ".pt2":
         raise CheckpointError(
             f"{path}: an exported program, whose loader unpickles: in a Python that trusts it,"
             f" p = torch.export.load('{path.name}'); torch.save(p.state_dict, 'weights.pt')"
         )
+    contents = _located(path) or _collect(path, _load(path), None)
+    assert contents is not None
+    return contents
+
+
+def _located(path: Path) -> PickleContents | None:
+    """Tensors by their places in the file, none of their bytes read; None where the file does not allow that."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    places = record_places(path)
+    if places is None:
+        return None
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)  # torch logs what it then raises
     try:
-        if not located:
-            return torch.load(path, map_location="cpu", weights_only=True)
-        if not zipfile.is_zipfile(path):
-            return None
         with FakeTensorMode():
+            value = _load(path)
+    except CheckpointError:
+        return None  # said again, and better, when it is really loaded
+    finally:
+        logging.disable(before)
+    return _collect(path, value, places)
+
+
+def _collect(path: Path, value: Any, places: Mapping[int, int] | None) -> PickleContents | None:
+    """Sort a loaded value; without ``places`` its tensors are held, with them None where one cannot be located."""
+    import torch
+
+    state, nest = _state_dict(path, value)
+    contents = PickleContents({}, {}, {}, nest, [])
+    seen: dict[Any, str] = {}
+    for key, tensor in state.items():
+        if not isinstance(tensor, torch.Tensor) or not isinstance(key, str):
+            contents.left.append(str(key))
+            continue
+        if tensor.layout != torch.strided or tensor.is_quantized:
+            raise CheckpointError(f"{path}: '{key}' is a sparse or quantized tensor: save it dense")
+        try:
+            dtype = dtypes.code_of(tensor.dtype)
+        except CheckpointError as error:
+            raise CheckpointError(f"{path}: '{key}': {error}") from error
+        storage: Any = tensor.untyped_storage()
+        if places is None:
+            held = tensor.detach().resolve_conj().resolve_neg()
+            info = TensorInfo(key, dtype, tuple(held.shape), path, 0, held.numel() * held.element_size())
+            contents.held[key] = held
+        else:
+            found = _place(path, key, tensor, dtype, places)
+            if found is None:
+                return None
+            info = found
+        base = storage.data_ptr() if places is None else storage._checkpoint_offset
+        identity = (
+            base,
+            tensor.storage_offset(),
+            tuple(tensor.shape),
+            tensor.stride(),
+            dtype,
+            tensor.is_conj(),
+        )
+        contents.tensors[key] = info
+        if info.nbytes and identity in seen:
+            contents.aliases[key] = seen[identity]
+        else:
+            seen[identity] = key
+    return contents
+
+
+def _load(path: Path) -> Any:
+    """The file's value, without any code of its own being run."""
+    import torch
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
@@ -124,36 +162,34 @@ def _refusal(path: Path, reason: str) -> str:
 
 
 def _state_dict(path: Path, value: Any) -> tuple[Mapping[Any, Any], tuple[str, ...]]:
+    """The innermost of the usual nests; tensors beside a nest are a trainer's notes, such as the best accuracy."""
     import torch
 
     nest: tuple[str, ...] = ()
     while isinstance(value, Mapping):
-        if any(isinstance(entry, torch.Tensor) for entry in value.values()):
-            return value, nest
-        inner = next((key for key in _NESTS if isinstance(value.get(key), Mapping)), None)
+        inner = next((key for key in _NESTS if isinstance(value.get(key), Mapping) and value[key]), None)
         if inner is None:
+            if any(isinstance(entry, torch.Tensor) and isinstance(key, str) for key, entry in value.items()):
+                return value, nest
             break
         value, nest = value[inner], (*nest, inner)
     raise CheckpointError(f"{path}: holds no state_dict (looked under {', '.join(_NESTS)})")
 
 
-def _locate(path: Path, key: str, tensor: Tensor) -> tuple[TensorInfo, Any, bool]:
-    """Place of a tensor, an identity equal for tensors that share all their memory, and whether the place is real."""
-    dtype = dtypes.code_of(tensor.dtype)
+def _place(path: Path, key: str, tensor: Tensor, dtype: str, places: Mapping[int, int]) -> TensorInfo | None:
+    """Where a tensor's bytes lie; None where torch's computed offset is no record, or its bytes are not its values."""
+    storage: Any = tensor.untyped_storage()
+    base = getattr(storage, "_checkpoint_offset", None)
     shape, stride = tuple(tensor.shape), tuple(tensor.stride())
-    view = (tensor.storage_offset(), shape, stride)
-    base = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
-    if base is None:
-        info = TensorInfo(key, dtype, shape, path, 0, tensor.numel() * tensor.element_size())
-        return info, (tensor.untyped_storage().data_ptr(), *view), False
+    if not tensor.numel():
+        return TensorInfo(key, dtype, shape, path, 0, 0)
+    if base is None or places.get(base) != storage.nbytes() or tensor.is_conj() or tensor.is_neg():
+        return None
     contiguous = tensor.is_contiguous()
-    extent = 1 + sum((e - 1) * s for e, s in zip(shape, stride, strict=True)) if tensor.numel() else 0
-    span = (tensor.numel() if contiguous else extent) * tensor.element_size()
-    offset = base + tensor.storage_offset() * tensor.element_size()
-    if offset + span > path.stat().st_size:
-        raise CheckpointError(f"{path}: truncated within '{key}'")
-    return (
-        TensorInfo(key, dtype, shape, path, offset, span, None if contiguous else stride),
-        (base, *view),
-        True,
+    extent = (
+        tensor.numel() if contiguous else 1 + sum((e - 1) * s for e, s in zip(shape, stride, strict=True))
     )
+    begin, span = tensor.storage_offset() * tensor.element_size(), extent * tensor.element_size()
+    if begin + span > places[base]:
+        return None
+    return TensorInfo(key, dtype, shape, path, base + begin, span, None if contiguous else stride)

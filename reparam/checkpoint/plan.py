@@ -16,6 +16,7 @@ from reparam.checkpoint.writing import file_size
 from reparam.errors import OutputError, SelectionError
 from reparam.parameterizations import parameterization
 
+_RESERVED = ("__metadata__", records_format.KEY)
 CONVERTED, COPIED, SKIPPED = "converted", "copied", "skipped"
 
 
@@ -52,12 +53,22 @@ class Step:
 
 @dataclass(frozen=True)
 class FilePlan:
-    """One output file: its tensors, its metadata, and which of them are copies of which source key."""
+    """One output file.
+
+    Attributes:
+        source: the file it takes the place of.
+        entries: its tensors: key -> (element type, shape).
+        metadata: its ``__metadata__``.
+        copies: key -> key of the source whose bytes it has.
+        copied: key that owns the memory in the source -> key of its one copy; others of that memory are tied to it.
+        steps: the layers that are converted into it.
+    """
 
     source: Path
     entries: dict[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
     metadata: dict[str, str] = field(default_factory=dict)
     copies: dict[str, str] = field(default_factory=dict)
+    copied: dict[str, str] = field(default_factory=dict)
     steps: list[Step] = field(default_factory=list)
 
     @property
@@ -95,15 +106,15 @@ class Plan:
                     records[file][step.layer.key] = step.record
             else:
                 for key in step.layer.tensors.values():
-                    self._copy(plans, key)
+                    self._copy(plans, key, renamed)
                 if (record := self.checkpoint.records.get(step.layer.key)) is not None:
                     records[file][step.layer.key] = record
         for key in self.others:
-            self._copy(plans, key)
-        for alias, key in self._aliases(renamed).items():
-            next(p for p in plans.values() if key in p.entries).metadata[alias] = key
+            self._copy(plans, key, renamed)
         for file, plan in plans.items():
             plan.metadata.update(self.checkpoint.metadata.get(file, {}))
+        self._tie(plans, renamed)
+        for file, plan in plans.items():
             if records[file]:
                 plan.metadata[records_format.KEY] = records_format.dump(records[file])
         return plans
@@ -128,13 +139,23 @@ class Plan:
             for role, info in infos.items()
         }
 
-    def _copy(self, plans: Mapping[Path, FilePlan], key: str) -> None:
+    def _copy(self, plans: Mapping[Path, FilePlan], key: str, renamed: dict[str, str]) -> None:
+        """Enter a copied tensor, or tie it to a copy of the same memory that is entered already."""
         info = self.checkpoint.tensors[key]
-        if key not in self.checkpoint.aliases:
-            self._enter(plans[info.file], key, info.dtype, info.shape, "a copied tensor")
-            plans[info.file].copies[key] = key
+        owner = self.checkpoint.aliases.get(key, key)
+        plan = plans[info.file]
+        if owner in plan.copied:
+            renamed[key] = plan.copied[owner]
+            return
+        self._enter(plan, key, info.dtype, info.shape, "a copied tensor")
+        plan.copies[key] = key
+        plan.copied[owner] = key
 
     def _enter(self, plan: FilePlan, key: str, dtype: str, shape: tuple[int, ...], what: str) -> None:
+        if key in _RESERVED:
+            raise OutputError(
+                f"{self.checkpoint.path}: safetensors keeps the name '{key}' for itself: rename that tensor"
+            )
         if key in plan.entries:
             raise OutputError(
                 f"{self.checkpoint.path}: output key '{key}' collides: {what} and another tensor would both have it;"
@@ -142,11 +163,20 @@ class Plan:
             )
         plan.entries[key] = (dtype, shape)
 
-    def _aliases(self, renamed: Mapping[str, str]) -> dict[str, str]:
-        """Output keys that share an output tensor: ties of copied tensors, and of converted layers."""
-        gone = {key for step in self.converted for key in step.layer.tensors.values()}
-        kept = {alias: key for alias, key in self.checkpoint.aliases.items() if alias not in gone}
-        return kept | dict(renamed)
+    def _tie(self, plans: Mapping[Path, FilePlan], renamed: Mapping[str, str]) -> None:
+        """Record tied tensors as safetensors does: __metadata__ maps the key that is left out to the one that is kept."""
+        for alias, key in renamed.items():
+            plan = next(plan for plan in plans.values() if key in plan.entries)
+            if alias in plan.metadata or alias in _RESERVED:
+                raise OutputError(
+                    f"{self.checkpoint.path}: tied tensor '{alias}' has a name that the file's metadata uses: rename it"
+                )
+            if any(alias in other.entries for other in plans.values()):
+                raise OutputError(
+                    f"{self.checkpoint.path}: output key '{alias}' collides: a tied layer and another tensor would both"
+                    " have it; --exclude one of them"
+                )
+            plan.metadata[alias] = key
 
 
 def make_plan(
@@ -178,7 +208,7 @@ def make_plan(
         known = ", ".join(dialects.WEIGHT_NORM_DIALECTS)
         raise SelectionError(f"--layout {layout}: one of {known}, and only with --to wn")
     contents = find_layers(checkpoint, axes)
-    selection.check(contents.layers)
+    selection.check(contents.layers, tuple(axes or ()))
     dialect = layout or dialects.DEFAULT_DIALECT[to]
     steps = settle_ties(
         [_step(layer, to, dialect, selection, stored, checkpoint) for layer in contents.layers]

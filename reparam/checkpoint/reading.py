@@ -140,6 +140,13 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
         CheckpointError: nothing there, of a kind that is refused, malformed, or incomplete.
     """
     path = Path(path)
+    try:
+        return _open_any(path)
+    except OSError as error:
+        raise CheckpointError(f"{error.filename or path}: cannot be read ({error.strerror})") from error
+
+
+def _open_any(path: Path) -> Checkpoint:
     if path.is_dir():
         return _open_folder(path)
     if not path.exists():
@@ -239,7 +246,11 @@ def _assemble(
         kept[file] = {k: v for k, v in values.items() if k != records_format.KEY}
         named |= kept[file]
     # safetensors' own convention for tied tensors: __metadata__ maps the dropped key to the kept one.
-    aliases = {alias: key for alias, key in named.items() if key in tensors and alias not in tensors}
+    aliases = {
+        alias: key
+        for alias, key in named.items()
+        if key in tensors and alias not in tensors and alias != "format"
+    }
     for alias, key in aliases.items():
         tensors[alias] = tensors[key]
         for values in kept.values():

@@ -6,11 +6,11 @@ layers are taken but those on a short list of names; the report prints which and
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from reparam.checkpoint.layers import Layer
+from reparam.checkpoint.units import matches
 from reparam.errors import SelectionError
 
 #: Usual names of output layers and embedding tables. Norms need no entry: their weights are one-dimensional.
@@ -42,9 +42,9 @@ class Selection:
             return f"name is on the default list ({pattern}): --include {layer.name} takes it"
         return None
 
-    def check(self, layers: Sequence[Layer]) -> None:
+    def check(self, layers: Sequence[Layer], axes: Sequence[str] = ()) -> None:
         """Raise SelectionError for a glob that matches no layer: most likely a typing error."""
-        for option, patterns in (("--include", self.include), ("--exclude", self.exclude)):
+        for option, patterns in (("--include", self.include), ("--exclude", self.exclude), ("--axis", axes)):
             for pattern in patterns:
                 if not any(_match(layer, (pattern,)) for layer in layers):
                     some = ", ".join(layer.name for layer in layers[:3])
@@ -52,6 +52,4 @@ class Selection:
 
 
 def _match(layer: Layer, patterns: Sequence[str]) -> str | None:
-    return next(
-        (p for p in patterns if fnmatch.fnmatchcase(layer.name, p) or fnmatch.fnmatchcase(layer.key, p)), None
-    )
+    return next((pattern for pattern in patterns if matches(layer.key, pattern)), None)

@@ -8,6 +8,7 @@ so. Any answer converts back exactly: the axis says which rows are units, not wh
 from __future__ import annotations
 
 import fnmatch
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -98,8 +99,7 @@ def override(
         SelectionError: the weight has no such axis.
     """
     for pattern, axis in axes.items():
-        name = dialects.layer_name(plain_key)
-        if not (fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(plain_key, pattern)):
+        if not matches(plain_key, pattern):
             continue
         groups = 1
         if dialects.is_expert_stack(plain_key, len(shape)):
@@ -111,5 +111,15 @@ def override(
             raise SelectionError(
                 f"--axis {pattern}={axis}: '{plain_key}' of shape {list(shape)} has no such unit axis"
             )
+        if bias_shape is not None and math.prod(bias_shape) != unit.units(shape):
+            raise SelectionError(
+                f"--axis {pattern}={axis}: the bias of '{plain_key}' has {math.prod(bias_shape)} elements, that axis of"
+                f" {list(shape)} counts {unit.units(shape)} units"
+            )
         return unit
     return None
+
+
+def matches(plain_key: str, pattern: str) -> bool:
+    """Whether a glob names a layer, by its name or by the key of its weight."""
+    return any(fnmatch.fnmatchcase(name, pattern) for name in (dialects.layer_name(plain_key), plain_key))

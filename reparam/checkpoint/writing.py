@@ -95,7 +95,12 @@ class SafetensorsWriter:
             self._missing[key] -= len(data)
 
     def _put(self, offset: int, data: memoryview) -> None:
-        with self._lock:
+        if hasattr(os, "pwrite"):
+            while data:
+                count = os.pwrite(self._file.fileno(), data, offset)
+                data, offset = data[count:], offset + count
+            return
+        with self._lock:  # Windows has one position a file
             self._file.seek(offset)
             while data:
                 data = data[self._file.write(data) :]

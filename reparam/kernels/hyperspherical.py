@@ -12,7 +12,7 @@ Exact zeros are part of the format. π/2 is no floating-point number, so the cos
 zero. Decoding therefore takes cos t = 0 where |t| equals π/2 *as rounded to the dtype theta was stored in*, and
 sin t_{n−1} = 0 where |t_{n−1}| equals π so rounded, whatever dtype theta has by now.
 
-This is the reference backend: float64 inside, cache-sized chunks of rows, any device torch knows.
+This is the reference backend: float64 inside, bounded chunks of rows, any device torch knows.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from torch import Tensor
 
 from reparam.errors import NonFiniteError
 
-# Elements of one chunk of rows: the half dozen float64 temporaries then stay within a few MB of cache.
-_CHUNK = 1 << 17
+# Elements of one chunk of rows, which bounds the float64 temporaries to a few times 2 MB.
+_CHUNK = 1 << 18
 # Below this |cos t| the closed form of the gradient would divide by it and lose its digits.
 _SMALL_COSINE = 1e-3
 # float32 atan rounds to one ulp, float64 rounded once to half of one: rows this short could tell the difference.
@@ -79,7 +79,7 @@ def row_norms(weight_RN: Tensor) -> Tensor:
         w, scale = _in_range(weight_RN[part])
         norm = torch.linalg.vector_norm(w, dim=1)
         norms[part] = norm if scale is None else norm * scale[:, 0]
-    if not bool(torch.isfinite(norms).all()):
+    if not _all_finite(norms):
         raise NonFiniteError("NaN or Inf")
     return norms
 
@@ -92,35 +92,43 @@ def _in_range(weight: Tensor) -> tuple[Tensor, Tensor | None]:
     if weight.dtype != torch.float64:
         return weight.double(), None
     largest = weight.abs().amax(dim=1, keepdim=True)
-    if not bool(torch.isfinite(largest).all()):
+    if not _all_finite(largest):
         raise NonFiniteError("NaN or Inf")
     scale = (largest / (2 * torch.frexp(largest).mantissa)).masked_fill(largest == 0, 1.0)
     return weight / scale, scale
 
 
+def _all_finite(norms: Tensor) -> bool:
+    """Whether no norm is NaN or Inf, in one reduction: the largest of a NaN and anything is NaN."""
+    return norms.numel() == 0 or math.isfinite(float(norms.amax()))
+
+
 def _encode_chunk(weight: Tensor, radius: Tensor, theta: Tensor) -> None:
     n = weight.shape[1]
     w, scale = _in_range(weight.flip(1))  # last coordinate first: suffix norms become prefix norms
-    w += 0.0  # −0.0 becomes 0.0, whose angle would otherwise be −π beside a negative last coordinate
-    norm = w.square().cumsum(1).sqrt_()  # norm[:, k] = ‖w_{n−k:}‖, of the last k + 1 coordinates
+    w[:, :2].add_(
+        0.0
+    )  # −0.0 becomes 0.0, whose angle would otherwise be −π beside a negative last coordinate
+    norm = w.square().cumsum_(1).sqrt_()  # norm[:, k] = ‖w_{n−k:}‖, of the last k + 1 coordinates
     length = norm[:, -1] if scale is None else norm[:, -1] * scale[:, 0]
-    if not bool(torch.isfinite(length).all()):
+    if not _all_finite(length):
         raise NonFiniteError("NaN or Inf")
     radius.copy_(length)
-    if not bool(torch.isfinite(radius).all()):
+    if not _all_finite(radius):
         raise NonFiniteError("a row whose norm does not fit float32 (--theta-dtype float64 holds it)")
     if n == 1:
         theta.copy_(torch.full_like(w, right_angle(theta.dtype)).copysign(w))
         return
+    last = torch.atan2(w[:, 1], w[:, 0])
     if theta.dtype == torch.float32 and n >= _SHORT_ROW:
         # One rounding of the float64 tangent, one of atan. A row's trailing zeros are 0/0, and have angle 0.
-        angle = torch.div(w[:, 1:], norm[:, :-1]).float().atan_()
-        if bool((norm[:, 0] == 0).any()):
+        angle = w[:, 1:].div_(norm[:, :-1]).float().atan_()
+        if not bool(norm[:, 0].all()):
             angle.nan_to_num_(0.0)
     else:
         angle = torch.atan2(w[:, 1:], norm[:, :-1])
-    angle[:, 0] = torch.atan2(w[:, 1], w[:, 0])
-    theta.copy_(angle.flip(1))
+    angle[:, 0] = last
+    torch.add(angle.flip(1), 0.0, out=theta)  # no −0.0 here either
 
 
 def decode(theta_RT: Tensor, n: int, stored: torch.dtype, radius_R: Tensor | None = None) -> Tensor:
@@ -138,19 +146,31 @@ def decode(theta_RT: Tensor, n: int, stored: torch.dtype, radius_R: Tensor | Non
     rows = theta_RT.shape[0]
     out = torch.empty(rows, n, dtype=torch.float64, device=theta_RT.device)
     for part in chunks(rows, n):
-        sine, cosine = _sine_cosine(theta_RT[part], n, stored)
-        if radius_R is not None:
-            # Every coordinate holds the first cosine but the first, which holds the first sine.
-            radius = radius_R[part].double()
-            sine[:, 0] *= radius
-            cosine[:, 0] *= radius
-        u = out[part]
-        u[:, 0] = sine[:, 0]
-        if n > 1:
-            prefix = cosine.cumprod_(1)
-            torch.mul(prefix[:, :-1], sine[:, 1:], out=u[:, 1:-1])
-            u[:, -1] = prefix[:, -1]
+        _decode_chunk(theta_RT[part], stored, None if radius_R is None else radius_R[part], out[part])
     return out
+
+
+def _decode_chunk(theta: Tensor, stored: torch.dtype, radius: Tensor | None, u: Tensor) -> None:
+    """Fill ``u`` with prefix_i·sine_i, a product of whole matrices: prefix_1 is the radius, and sine_n is 1."""
+    n = u.shape[1]
+    r = torch.ones_like(u[:, 0]) if radius is None else radius.double()
+    if n == 1:
+        torch.mul(theta.double().sin(), r[:, None], out=u)
+        return
+    prefix = torch.empty_like(u)
+    prefix[:, 0], prefix[:, 1:] = 0.0, theta
+    u[:, :-1], u[:, -1] = theta, 0.0
+    prefix.cos_()[:, 0] = r
+    u.sin_()[:, -1] = 1.0
+    u[:, -2].masked_fill_(theta[:, -1].abs() == float(torch.tensor(math.pi, dtype=stored)), 0.0)
+    prefix.cumprod_(1)
+    # No product is larger than its least factor: only rows whose whole product is small can hold a right angle, and
+    # looking at every angle would cost more.
+    steep = prefix[:, -1].abs() <= _NEARLY_ZERO * r.abs()
+    if bool(steep.any()):
+        cosine = _sine_cosine(theta[steep], n, stored)[1]
+        prefix[steep] = torch.cat([r[steep, None], cosine], dim=1).cumprod_(1)
+    u.mul_(prefix)
 
 
 def _sine_cosine(theta: Tensor, n: int, stored: torch.dtype) -> tuple[Tensor, Tensor]:

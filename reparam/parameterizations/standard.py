@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from reparam.dtypes import torch_dtype
+from reparam.errors import NonFiniteError
 from reparam.parameterizations.base import Parameterization, TensorSpecs, WeightSpec
 
 if TYPE_CHECKING:
@@ -29,11 +30,21 @@ class Standard(Parameterization):
     def decompose(
         self, weight: Tensor, bias: Tensor | None, spec: WeightSpec, bias_role: str | None = None
     ) -> dict[str, Tensor]:
-        tensors = {"weight": weight.to(torch_dtype(spec.dtype))}
+        tensors = {"weight": _rounded(weight, spec.dtype)}
         if bias is not None:
             assert spec.bias_dtype is not None
-            tensors["bias"] = bias.to(torch_dtype(spec.bias_dtype))
+            tensors["bias"] = _rounded(bias, spec.bias_dtype)
         return tensors
 
     def compose(self, tensors: Mapping[str, Tensor], spec: WeightSpec) -> tuple[Tensor, Tensor | None]:
         return tensors["weight"], tensors.get("bias")
+
+
+def _rounded(value: Tensor, dtype: str) -> Tensor:
+    """``value`` in ``dtype``; a radius that training let grow may give weights that no float16 holds."""
+    import torch
+
+    rounded = value.to(torch_dtype(dtype))
+    if not bool(torch.isfinite(rounded.sum(dtype=torch.float64))):
+        raise NonFiniteError(f"NaN, Inf, or values beyond {dtype}")
+    return rounded

@@ -7,6 +7,7 @@ into torch's own old and new ``weight_norm``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -41,13 +42,12 @@ class WeightNorm(Parameterization):
     def decompose(
         self, weight: Tensor, bias: Tensor | None, spec: WeightSpec, bias_role: str | None = None
     ) -> dict[str, Tensor]:
-        import torch
 
         from reparam.kernels.hyperspherical import row_norms
 
         v = weight.to(torch_dtype(spec.dtype))
         g = row_norms(v.reshape(v.shape[0], -1)).to(torch_dtype(spec.stored))
-        if not bool(torch.isfinite(g).all()):
+        if g.numel() and not math.isfinite(float(g.amax())):
             raise NonFiniteError("a row's norm does not fit float32 (--theta-dtype float64 holds it)")
         dead = g == 0
         if bool(dead.any()):
@@ -61,12 +61,13 @@ class WeightNorm(Parameterization):
         return tensors
 
     def compose(self, tensors: Mapping[str, Tensor], spec: WeightSpec) -> tuple[Tensor, Tensor | None]:
-        v, g = tensors["weight_v"].double(), tensors["weight_g"].double()
+        import torch
+
+        v, g = tensors["weight_v"].to(torch.float64, copy=True), tensors["weight_g"].double()
         axes = norm_axes(tuple(v.shape), tuple(g.shape))
-        squared = v.square().sum(dim=axes, keepdim=True) if axes else v.square()
-        norm = squared.sqrt()
+        norm = torch.linalg.vector_norm(v, dim=axes, keepdim=True) if axes else v.abs()
         scale = (g if g.dim() else g.reshape((1,) * v.dim())) / norm.masked_fill(norm == 0, 1.0)
-        return v * scale, tensors.get("bias")
+        return v.mul_(scale), tensors.get("bias")
 
 
 def norm_axes(v_shape: tuple[int, ...], g_shape: tuple[int, ...]) -> tuple[int, ...]:
