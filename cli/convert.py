@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from reparam.checkpoint import ConversionReport
 
 
+# Up to so many inexact weights are listed one by one; --json has the first ones of every layer.
+_NAMED = 16
+
+
 def convert(
     path: Annotated[Path, typer.Argument(help="File, index of shards, or folder.", show_default=False)],
     to: Annotated[
@@ -121,7 +125,7 @@ def _print_notes(report: ConversionReport) -> None:
     assumed = [layer.name for layer in converted if layer.assumed_axis]
     if assumed:
         print(
-            f"unit axis 0 assumed for {text.count(len(assumed), 'layer')} whose shape fits a transposed layer as well "
+            f"unit axis assumed for {text.count(len(assumed), 'layer')} whose shape fits a transposed layer as well "
             f"(--axis GLOB=1 says otherwise; either converts back): {text.shorten(assumed)}"
         )
     inside = [layer.name for layer in converted if layer.scale_inside]
@@ -148,6 +152,9 @@ def _print_result(report: ConversionReport) -> None:
             f" {totals['inexact']:,} not bit for bit, {totals['bias_inexact']:,} biases not;"
             f" largest row error {totals['max_row_error']:.1e}"
         )
+        if 0 < totals["inexact"] <= _NAMED:
+            named = [f"{layer.key}{index}" for layer in report.layers for index in layer.inexact_at]
+            print(f"not bit for bit: {text.shorten(named, _NAMED)}")
     grows = any(
         layer.dtype in ("F16", "BF16") and layer.target == "gmp" for layer in report.with_status("converted")
     )

@@ -30,7 +30,7 @@ from reparam.parameterizations import WeightSpec, parameterization
 _BLOCK = 1 << 18
 #: Largest error of a row, ‖Δw‖/‖w‖, that a conversion may make, by the type of the plain weight. More is a defect.
 ROW_ERROR_BAR = {"F64": 1e-12, "F32": 2e-7, "F16": 1e-6, "BF16": 1e-6}
-_NAMED = 5
+_NAMED = 16
 # Float32 holds neither a smaller norm nor its weights to full precision: errors of such rows are relative to it.
 _SMALLEST_NORMAL = 2.0**-126
 # Just below the 32 MB up to which glibc adapts.

@@ -23,7 +23,7 @@ class LayerReport:
         status, reason: converted, copied or skipped, and why.
         fidelity: how exactly it converts back; None where that was not measured.
         bias: role its bias is kept under; "bias" in a GmP layer means that λ was not usable.
-        assumed_axis: the unit axis was a guess.
+        axis, assumed_axis: of the output units; whether it was a guess.
         shape, dtype: of the plain weight.
     """
 
@@ -37,6 +37,7 @@ class LayerReport:
     dtype: str
     fidelity: Fidelity | None
     bias: str | None
+    axis: int
     assumed_axis: bool
 
     @classmethod
@@ -47,13 +48,18 @@ class LayerReport:
         bias = record.bias if record is not None else layer.bias
         return cls(
             layer.name, layer.key, layer.kind, target, step.status, step.reason, layer.spec.shape, layer.spec.dtype,
-            fidelity, bias, layer.assumed_axis,
+            fidelity, bias, layer.spec.unit.axis, layer.assumed_axis,
         )  # fmt: skip
 
     @property
     def scale_inside(self) -> bool:
         """GmP without a usable λ: the layer computes φ(r·uᵀx + b)."""
         return self.target == "gmp" and self.bias == "bias"
+
+    @property
+    def inexact_at(self) -> list[list[int]]:
+        """Indices in the plain weight of the first weights that do not come back bit for bit."""
+        return [] if self.fidelity is None else [_unravel(at, self.shape) for at in self.fidelity.where]
 
     def to_json(self) -> dict[str, Any]:
         value: dict[str, Any] = {
@@ -66,7 +72,7 @@ class LayerReport:
             "dtype": self.dtype,
         }
         if self.assumed_axis and self.status == "converted":
-            value["axis"] = "assumed 0"
+            value["axis"] = f"assumed {self.axis}"
         if self.scale_inside:
             value["scale"] = "inside"
         if self.fidelity is not None and self.fidelity.weights:
@@ -74,7 +80,7 @@ class LayerReport:
             value["bias_inexact"] = self.fidelity.bias_inexact
             value["max_row_error"] = self.fidelity.max_row_error
             if self.fidelity.where:
-                value["inexact_at"] = list(self.fidelity.where)
+                value["inexact_at"] = self.inexact_at
         return value
 
 
@@ -135,3 +141,12 @@ class ConversionReport:
             "seconds": round(self.seconds, 3),
             "notes": list(self.notes),
         }
+
+
+def _unravel(at: int, shape: tuple[int, ...]) -> list[int]:
+    """Index of a flat position in C order."""
+    index = []
+    for extent in reversed(shape):
+        at, i = divmod(at, extent)
+        index.append(i)
+    return index[::-1]
