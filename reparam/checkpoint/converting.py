@@ -18,7 +18,7 @@ from reparam.checkpoint.report import ConversionReport, LayerReport
 from reparam.checkpoint.selection import Selection
 from reparam.checkpoint.staging import refuse_existing, require_space, staged
 from reparam.checkpoint.writing import SafetensorsWriter
-from reparam.errors import NonFiniteError, SelectionError
+from reparam.errors import NonFiniteError, OutputError, SelectionError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -70,7 +70,10 @@ def convert_checkpoint(
     checkpoint = open_checkpoint(path)
     selection = Selection(tuple(include), tuple(exclude))
     plan = make_plan(checkpoint, to, selection, layout, _stored(theta_dtype), axes)
-    target = folders.output_path(checkpoint, to, None if output is None else Path(output))
+    try:
+        target = folders.output_path(checkpoint, to, None if output is None else Path(output))
+    except OSError as error:
+        raise OutputError(f"-o {output}: {error.strerror}") from error
     files = plan.files()
     folders.refuse_in_place(checkpoint, target)
     if dry_run:

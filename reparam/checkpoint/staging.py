@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import os
 import shutil
 from collections.abc import Iterator
@@ -26,7 +27,8 @@ def staged(target: Path, force: bool = False) -> Iterator[Path]:
     parent = target.resolve().parent
     temporary = parent / f".{target.name}.{os.getpid()}.partial"
     try:
-        _remove_stale(parent, target.name)
+        for stale in _left_by_the_dead(parent, target.name, "partial"):
+            _remove(stale)
         yield temporary
         _sync_folder(temporary)
         _replace(temporary, target)
@@ -38,12 +40,16 @@ def staged(target: Path, force: bool = False) -> Iterator[Path]:
 
 
 def refuse_existing(target: Path, force: bool) -> None:
-    """Raise OutputError where writing ``target`` would lose something, or cannot work."""
+    """Raise OutputError where writing ``target`` would lose something, or cannot work.
+
+    What a killed run left half replaced is settled first.
+    """
     parent = target.resolve().parent
     if not parent.is_dir():
         raise OutputError(f"{parent}: no such folder, to write {target.name} into")
     if not os.access(parent, os.W_OK):
         raise OutputError(f"{parent}: read-only: name another place with -o")
+    _settle(parent, target)
     if target.exists() or target.is_symlink():
         if not force:
             raise OutputError(f"{target}: exists: --force overwrites it, -o names another place")
@@ -90,17 +96,20 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _remove_stale(parent: Path, name: str) -> None:
-    for path in parent.glob(f".{glob_escape(name)}.*.partial"):
+def _left_by_the_dead(parent: Path, name: str, suffix: str) -> Iterator[Path]:
+    for path in parent.glob(f".{glob.escape(name)}.*.{suffix}"):
         pid = path.name.split(".")[-2]
         if pid.isdigit() and not _alive(int(pid)):
-            _remove(path)
+            yield path
 
 
-def glob_escape(name: str) -> str:
-    import glob
-
-    return glob.escape(name)
+def _settle(parent: Path, target: Path) -> None:
+    """A folder that stepped aside for one that never came returns; one whose place is taken goes."""
+    for aside in _left_by_the_dead(parent, target.name, "old"):
+        if target.exists():
+            _remove(aside)
+        else:
+            aside.rename(target)
 
 
 def _alive(pid: int) -> bool:

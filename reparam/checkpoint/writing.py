@@ -108,8 +108,10 @@ class SafetensorsWriter:
     def close(self) -> None:
         unwritten = [key for key, size in self._missing.items() if size]
         assert not unwritten, unwritten[:3]
-        os.fsync(self._file.fileno())
-        self._file.close()
+        try:
+            os.fsync(self._file.fileno())
+        finally:
+            self._file.close()
 
     def __enter__(self) -> SafetensorsWriter:
         return self
