@@ -99,7 +99,7 @@ def test_records_that_do_not_fit_are_named() -> None:
     record = records_of(source)["4.weight"]
     cases = {
         "7.weight": (record, "`7.weight`: the file holds this layer, Sequential does not"),
-        "4.weight": (replace(record, kind="wn"), "`4.weight`: no wn layer for the `weight` of Linear yet"),
+        "4.weight": (replace(record, kind="bn"), "`4.weight`: no bn layer for the `weight` of Linear yet"),
         "1.weight": (record, "`1.weight`: no gmp layer for the `weight` of BatchNorm2d yet"),
         "4.bias": (record, "`4.bias`: no gmp layer for the `bias` of Linear yet"),
         "5.weight": (record, r"`5.weight`: the file's weight is \[8, 144\], the architecture's \[3, 8\]"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from reparam.graph.arch import load_architecture, load_into
-from reparam.graph.fold import fold
+from reparam.graph.folding import fold
 from reparam.graph.inputs import InputSpec, parse_spec
 from reparam.graph.swap import apply_records
 

@@ -12,7 +12,8 @@ from torch import nn
 
 from reparam.checkpoint.metadata import LayerRecord
 from reparam.errors import ArchitectureError
-from reparam.layers import LAYERS
+from reparam.layers import layer_class
+from reparam.layers.kinds import weight_names
 
 
 def apply_records(model: nn.Module, records: Mapping[str, LayerRecord]) -> nn.Module:
@@ -30,7 +31,7 @@ def apply_records(model: nn.Module, records: Mapping[str, LayerRecord]) -> nn.Mo
             layer class holds.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
-    chosen: dict[int, tuple[str, LayerRecord]] = {}
+    chosen: dict[int, dict[str, tuple[str, LayerRecord]]] = {}
     for key, record in records.items():
         if record.kind == "sp":
             continue
@@ -40,20 +41,30 @@ def apply_records(model: nn.Module, records: Mapping[str, LayerRecord]) -> nn.Mo
                 f"`{key}`: the file holds this layer, {type(model).__name__} does not: is the architecture "
                 "the one it was trained with?"
             )
-        if parameter != "weight" or (record.kind, type(modules[name])) not in LAYERS:
-            held = f"the `{parameter}` of {type(modules[name]).__name__}"
+        module = modules[name]
+        if layer_class(record.kind, type(module)) is None or parameter not in weight_names(module):
+            held = f"the `{parameter}` of {type(module).__name__}"
             raise ArchitectureError(
                 f"`{key}`: no {record.kind} layer for {held} yet: "
                 "`reparam convert` the file back with --to sp, or leave this layer out with --exclude"
             )
-        chosen[id(modules[name])] = key, record
+        others = chosen.setdefault(id(module), {})
+        if any(other.kind != record.kind for _, other in others.values()):
+            raise ArchitectureError(
+                f"`{key}`: {record.kind} beside another parameterization in one {type(module).__name__}: "
+                "`reparam convert` the file to one of them"
+            )
+        others[parameter] = key, record
 
     def replacement(module: nn.Module) -> nn.Module | None:
         if id(module) not in chosen:
             return None
-        key, record = chosen[id(module)]
+        found = chosen[id(module)]
+        key, record = next(iter(found.values()))
+        cls = layer_class(record.kind, type(module))
+        assert cls is not None
         try:
-            return LAYERS[record.kind, type(module)].from_record(module, record)
+            return cls.from_records(module, {parameter: record for parameter, (_, record) in found.items()})
         except ArchitectureError as error:
             raise ArchitectureError(f"`{key}`: {error}") from error
 
@@ -68,12 +79,19 @@ def replace_modules(model: nn.Module, replacement: Callable[[nn.Module], nn.Modu
         replacement: asked once for every module of ``model``; None keeps the module.
 
     Returns:
-        The copy. A replaced module is replaced wherever it is used; shared modules and tensors stay shared.
+        The copy. A replaced module is replaced wherever it is used, and the children it has in common with the module
+        it replaces are copied and replaced like all others; shared modules and tensors stay shared.
     """
     # deepcopy takes what its memo holds for an object's copy: sharing is kept without bookkeeping of our own.
     memo: dict[int, object] = {}
+    exchanged: list[tuple[nn.Module, nn.Module]] = []
     for module in model.modules():
         new = replacement(module)
         if new is not None:
             memo[id(module)] = new
+            exchanged.append((module, new))
+    for module, new in exchanged:
+        for name, child in module._modules.items():
+            if child is not None and name in new._modules:
+                new._modules[name] = copy.deepcopy(child, memo)
     return copy.deepcopy(model, memo)

@@ -1,16 +1,30 @@
-"""Layers that hold a parameterization. To add one: its class, and its line in the table."""
+"""Layers that hold a parameterization.
+
+To add a parameterization: its form, and its name in the table. To add a plain class: its line in kinds.
+"""
 
 from __future__ import annotations
 
 from torch import nn
 
-from reparam.layers.geometric import GeometricMixin, GmPConv2d, GmPLinear
+from reparam.layers.base import Reparameterized
+from reparam.layers.calibration import calibrate
+from reparam.layers.geometric import GeometricMixin
+from reparam.layers.initialization import initialize_from_data, initialize_paper
+from reparam.layers.table import FORMS, LAYERS, layer_class
 
-__all__ = ["LAYERS", "GeometricMixin", "GmPConv2d", "GmPLinear"]
+__all__ = [
+    "FORMS",
+    "LAYERS",
+    "GeometricMixin",
+    "GmPConv2d",
+    "GmPLinear",
+    "Reparameterized",
+    "calibrate",
+    "initialize_from_data",
+    "initialize_paper",
+    "layer_class",
+]
 
-#: (parameterization, plain class) -> the layer that takes its place. The class is matched exactly: a subclass
-#: may compute something else.
-LAYERS: dict[tuple[str, type[nn.Module]], type[GeometricMixin]] = {
-    ("gmp", nn.Linear): GmPLinear,
-    ("gmp", nn.Conv2d): GmPConv2d,
-}
+GmPLinear = LAYERS["gmp", nn.Linear]
+GmPConv2d = LAYERS["gmp", nn.Conv2d]

@@ -8,9 +8,7 @@ from __future__ import annotations
 from torch import nn
 
 from reparam.graph.swap import replace_modules
-from reparam.layers import LAYERS
-
-_HELD = tuple(set(LAYERS.values()))
+from reparam.layers import Reparameterized
 
 
 def fold(model: nn.Module) -> nn.Module:
@@ -19,4 +17,6 @@ def fold(model: nn.Module) -> nn.Module:
     Weights are composed in float64 and rounded once to the layer's dtype. The keys of the result's state_dict
     equal those of the model before it was reparameterized. ``model`` is not changed.
     """
-    return replace_modules(model, lambda module: module.fold() if isinstance(module, _HELD) else None)
+    return replace_modules(
+        model, lambda module: module.fold() if isinstance(module, Reparameterized) else None
+    )

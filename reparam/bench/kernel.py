@@ -1,0 +1,151 @@
+"""The hyperspherical map, forward and backward, against what one would use without it.
+
+All jobs make a weight matrix from trained tensors and take the gradient back to them. They are interleaved, so that a
+machine that slows down slows all of them.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from reparam.bench.machine import describe
+
+if TYPE_CHECKING:
+    import torch
+
+#: rows × fan-in: a first convolution, a gate of width one, a ResNet's last convolution, attention and MLP of a
+#: language model
+SHAPES = ((64, 27), (100, 1), (512, 4608), (4096, 4096), (11008, 4096))
+
+JOBS = ("copy", "torch._weight_norm", "naive cumprod autograd", "reparam")
+
+
+@dataclass(frozen=True)
+class JobResult:
+    """Medians over the repeats of one job on one shape.
+
+    Attributes:
+        shape: rows, fan-in.
+        name: of the job.
+        seconds: of one forward and backward pass.
+        to_weight_norm, to_naive: medians over the repeats of this job's time to theirs of the same repeat.
+    """
+
+    shape: tuple[int, int]
+    name: str
+    seconds: float
+    to_weight_norm: float
+    to_naive: float
+
+
+def bench_kernel(
+    repeats: int,
+    tell: Callable[[str], None],
+    max_elements: int | None = None,
+    dtype: str = "float32",
+    device: str = "cpu",
+) -> dict[str, Any]:
+    """Time the jobs on every shape.
+
+    Args:
+        repeats: of every job; medians are reported.
+        tell: told what is being done.
+        max_elements: leave out shapes of more weights than this.
+        dtype: of the weight, "float32", "bfloat16" or "float16"; trained tensors are float32.
+        device: as torch names it.
+
+    Returns:
+        JSON value: machine, settings, and a :class:`JobResult` a shape and job.
+    """
+    results = []
+    for shape in SHAPES:
+        if max_elements is not None and shape[0] * shape[1] > max_elements:
+            continue
+        tell(f"{shape[0]} × {shape[1]}: {repeats} repeats of {len(JOBS)} jobs")
+        results += _measure(shape, repeats, dtype, device)
+    return {
+        "what": "kernel",
+        "machine": describe(),
+        "settings": {"repeats": repeats, "dtype": dtype, "device": device, "pass": "forward + backward"},
+        "results": [vars(result) for result in results],
+    }
+
+
+def _measure(shape: tuple[int, int], repeats: int, dtype: str, device: str) -> list[JobResult]:
+    jobs = _jobs(shape, dtype, device)
+    # Small shapes are over in microseconds: each measurement repeats them to be longer than the clock's noise.
+    inner = max(1, min(200, (1 << 20) // (shape[0] * shape[1])))
+    times: dict[str, list[float]] = {name: [] for name in jobs}
+    for repeat in range(repeats + 1):
+        for name, job in jobs.items():
+            seconds = _time(job, inner, device)
+            if repeat:  # the first is warm-up
+                times[name].append(seconds)
+
+    def ratio(name: str, other: str) -> float:
+        return statistics.median(a / b for a, b in zip(times[name], times[other], strict=True))
+
+    return [
+        JobResult(shape, name, statistics.median(times[name]), ratio(name, JOBS[1]), ratio(name, JOBS[2]))
+        for name in JOBS
+    ]
+
+
+def _time(job: Callable[[], None], inner: int, device: str) -> float:
+    import torch
+
+    def wait() -> None:
+        if device.startswith("cuda"):
+            torch.cuda.synchronize()
+
+    wait()
+    began = time.perf_counter()
+    for _ in range(inner):
+        job()
+    wait()
+    return (time.perf_counter() - began) / inner
+
+
+def _jobs(shape: tuple[int, int], dtype: str, device: str) -> dict[str, Callable[[], None]]:
+    import torch
+
+    from reparam.kernels.hyperspherical import encode
+    from reparam.kernels.operator import compose_rows
+
+    rows, n = shape
+    compute: torch.dtype = getattr(torch, dtype)
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(rows, n, generator=generator).to(device)
+    grad = torch.randn(rows, n, generator=generator).to(device=device, dtype=compute)
+    r, theta = (tensor.requires_grad_() for tensor in encode(weight, torch.float32))
+    v = weight.clone().requires_grad_()
+    g = r.detach().clone().reshape(rows, 1).requires_grad_()
+
+    def copy() -> None:
+        weight.clone().copy_(grad)
+
+    def weight_norm() -> None:
+        torch.autograd.grad(torch._weight_norm(v, g, 0).to(compute), (v, g), grad)
+
+    def naive() -> None:
+        torch.autograd.grad(_naive(r, theta, n).to(compute), (r, theta), grad)
+
+    def ours() -> None:
+        torch.autograd.grad(compose_rows(r, theta, n, torch.float32, compute), (r, theta), grad)
+
+    return dict(zip(JOBS, (copy, weight_norm, naive, ours), strict=True))
+
+
+def _naive(r: torch.Tensor, theta: torch.Tensor, n: int) -> torch.Tensor:
+    """The formula as one writes it down, left to autograd."""
+    import torch
+
+    sine, prefix = theta.sin(), theta.cos().cumprod(1)
+    if n == 1:
+        return r[:, None] * sine
+    u = torch.cat([sine[:, :1], prefix[:, :-1] * sine[:, 1:], prefix[:, -1:]], dim=1)
+    return r[:, None] * u

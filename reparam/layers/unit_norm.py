@@ -1,0 +1,67 @@
+"""Unit norm in layers: w = v/(‖v‖ + ε); the scale is another layer's business (references: the unit-norm blog)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from reparam.dtypes import torch_dtype
+from reparam.layers.form import Form
+from reparam.parameterizations import TensorSpecs, WeightSpec
+
+EPSILON = 1e-8
+
+
+class UnitNormForm(Form):
+    """``weight_v``, the plain weight bit for bit, and ``bias``, divided like it by ‖v‖ + ε.
+
+    A layer made from a plain one computes its pre-activations divided by ‖v‖ + ε of each unit; whoever makes it
+    multiplies what consumes them by :meth:`pushed_scale`.
+    """
+
+    name = "unit"
+    prefix = "Unit"
+    wide = frozenset()
+
+    def tensors(self, spec: WeightSpec, bias_role: str | None) -> TensorSpecs:
+        specs: TensorSpecs = {"weight_v": (spec.dtype, spec.shape)}
+        if bias_role is not None:
+            assert spec.bias_dtype is not None
+            assert spec.bias_shape is not None
+            specs["bias"] = (spec.bias_dtype, spec.bias_shape)
+        return specs
+
+    def decompose(
+        self, weight: Tensor, bias: Tensor | None, spec: WeightSpec, bias_role: str | None = None
+    ) -> dict[str, Tensor]:
+        from reparam.kernels.hyperspherical import row_norms
+
+        row_norms(spec.unit.to_rows(weight))  # refuses NaN and Inf
+        tensors = {"weight_v": weight.to(torch_dtype(spec.dtype))}
+        if bias is not None:
+            assert spec.bias_dtype is not None
+            scale = self.pushed_scale(tensors["weight_v"], spec).reshape(bias.shape)
+            tensors["bias"] = (bias.double() / scale).to(torch_dtype(spec.bias_dtype))
+        return tensors
+
+    def compose(self, tensors: Mapping[str, Tensor], spec: WeightSpec) -> tuple[Tensor, Tensor | None]:
+        return self.weight(tensors, spec, torch.float64, False), tensors.get("bias")
+
+    def weight(
+        self, tensors: Mapping[str, Tensor], spec: WeightSpec, dtype: torch.dtype, outside: bool
+    ) -> Tensor:
+        assert not outside
+        v = tensors["weight_v"].to(torch.promote_types(dtype, torch.float32))
+        rows = spec.unit.to_rows(v)
+        norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+        return spec.unit.from_rows(rows / (norm + EPSILON), spec.shape).to(dtype)
+
+    def pushed_scale(self, weight_v: Tensor, spec: WeightSpec) -> Tensor:
+        """‖v‖ + ε of every unit in float64, shape (units,): by what the consumers of a new layer are multiplied."""
+        norm: Tensor = torch.linalg.vector_norm(spec.unit.to_rows(weight_v).double(), dim=1)
+        return norm + EPSILON
+
+    def units_scale(self, tensors: Mapping[str, Tensor], spec: WeightSpec) -> Tensor | None:
+        return None
