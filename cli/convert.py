@@ -142,7 +142,10 @@ def _print_result(report: ConversionReport) -> None:
     ratio = report.bytes_after / report.bytes_before if report.bytes_before else 1.0
     sizes = f"{text.size(report.bytes_before)} → {text.size(report.bytes_after)} ({ratio:.2f}×)"
     if report.dry_run:
-        print(f"would convert {text.count(converted, 'layer')}: {sizes}; λ is decided from the values")
+        print(
+            f"would convert {text.count(converted, 'layer')}: {sizes}"
+            + ("; λ is decided from the values" if report.to == "gmp" else "")
+        )
         print(f"would write {report.output}")
         return
     totals = report.roundtrip

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -36,6 +38,9 @@ app.add_typer(bench, name="bench")
 app.command()(demo)
 
 
+_INTERRUPTED = 130
+
+
 def _version(asked: bool) -> None:
     if asked:
         import reparam
@@ -60,16 +65,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         0 done, 1 a check failed, 2 bad input or usage, 130 interrupted.
     """
+    if arguments is None:
+        _be_a_program()
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
     given = [argument for argument in given if argument != "--debug"]
     try:
         code = app(given, standalone_mode=False)
+        if code == _INTERRUPTED:  # by typer's version: returned, or raised as below
+            raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
     except ReparamError as error:
         return _fail(str(error), 1 if isinstance(error, CheckFailedError) else 2, debug)
     except (KeyboardInterrupt, typer.Abort):
-        return _fail("interrupted; nothing was left half-written", 130, debug)
+        return _fail("interrupted; nothing was left half-written", _INTERRUPTED, debug)
     except BrokenPipeError:
         with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -80,6 +89,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _usage(type(error).__name__, format_message(), debug)
         hint = "" if debug else " (--debug shows where)"
         return _fail(f"unexpected {type(error).__name__}: {error}{hint}; please report this", 1, debug)
+
+
+def _be_a_program() -> None:
+    """A closed pipe ends it quietly, and a terminal that has no ‖ shows a ?."""
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def _usage(kind: str, message: str, debug: bool) -> int:

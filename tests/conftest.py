@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from support import SHARED
+from safetensors.torch import save_file
+from support import SHARED, gaussian
 
 
 @pytest.fixture(scope="session")
@@ -14,3 +15,19 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"no {SHARED}: set REPARAM_SHARED")
     return SHARED
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A checkpoint of one layer."""
+    save_file({"fc.weight": gaussian(40, 40), "fc.bias": gaussian(40)}, tmp_path / "model.safetensors")
+    return tmp_path / "model.safetensors"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder of one, with a file to go along."""
+    (tmp_path / "model").mkdir()
+    save_file({"fc.weight": gaussian(40, 40)}, tmp_path / "model" / "model.safetensors")
+    (tmp_path / "model" / "config.json").write_text("{}")
+    return tmp_path / "model"

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from torch import Tensor
-
 from reparam.cli.main import main
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 #: Real checkpoints and vectors, beside the clone; tests that need them are skipped without.
@@ -152,6 +152,26 @@ def raw_file(path: Path, header: object, data: bytes = b"") -> Path:
 def entry(dtype: str, shape: list[int], begin: int, end: int) -> dict[str, object]:
     """One tensor of a header."""
     return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+
+
+def with_records(path: Path, tensors: Mapping[str, Tensor], records: object, version: object = 1) -> None:
+    """A safetensors file whose metadata says this of its layers."""
+    save_file(dict(tensors), path, {"reparam": json.dumps({"version": version, "layers": records})})
+
+
+def a_layer(held: str = "sp") -> dict[str, Tensor]:
+    """One layer of four units, plain or weight-normalized."""
+    weight, bias = gaussian(4, 6), gaussian(4, seed=1)
+    if held == "sp":
+        return {"fc.weight": weight, "fc.bias": bias}
+    return {"fc.weight_g": weight.norm(dim=1, keepdim=True), "fc.weight_v": weight, "fc.bias": bias}
+
+
+def gmp_layer(folder: Path) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
+    """Tensors and records of that layer's GmP file."""
+    save_file(a_layer(), folder / "model.safetensors")
+    convert(folder / "model.safetensors", "gmp", folder / "model.gmp.safetensors")
+    return tensors_of(folder / "model.gmp.safetensors"), records_of(folder / "model.gmp.safetensors")
 
 
 def gaussian(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from support import assert_one_line, gaussian, refused, run_apart, snapshot
+from safetensors.torch import load_file
+from support import assert_one_line, gaussian, refused, run, run_apart, snapshot
 from torch import nn
 
 
@@ -148,6 +149,44 @@ NOT_PYTORCH = {
 def test_other_files(data: bytes, tmp_path: Path) -> None:
     (tmp_path / "model.bin").write_bytes(data)
     refused("convert", tmp_path / "model.bin", "--to", "gmp", naming=("model.bin",), leaving=tmp_path)
+
+
+# Fields of an entry in a zip's central directory: where, and what a broken or hostile writer puts there.
+DIRECTORY = {
+    "a name that is no UTF-8": ((8, b"\x00\x08"), (46, b"\x80\x81")),
+    "an encrypted record": ((8, b"\x01\x00"),),
+    "an unknown compression": ((10, b"\x63\x00"),),
+    "a newer zip": ((6, b"\xff\x00"),),
+    "a date that is none": ((12, b"\xff\xff\xff\xff"),),
+    "a size that lies": ((24, b"\x01\x00\x00\x00"),),
+    "sizes of 4 GB": ((20, b"\xff\xff\xff\xff\xff\xff\xff\xff"),),
+    "an offset beyond the file": ((42, b"\xf0\xff\xff\x7f"),),
+    "an offset of 4 GB": ((42, b"\xff\xff\xff\xff"),),
+    "another record's offset": ((42, b"\x00\x00\x00\x00"),),
+    "a name longer than the rest": ((28, b"\xff\xff"),),
+    "an extra field longer than the rest": ((30, b"\xff\xff"),),
+}
+
+
+@pytest.mark.parametrize("record", [0, -1])
+@pytest.mark.parametrize("change", DIRECTORY.values(), ids=DIRECTORY)
+def test_an_archive_with_a_broken_directory(
+    change: tuple[tuple[int, bytes], ...], record: int, tmp_path: Path
+) -> None:
+    """Refused in one line, or read as torch reads it; never guessed at."""
+    data = bytearray(good())
+    entries = [at for at in range(len(data)) if data[at : at + 4] == b"PK\x01\x02"]
+    for at, value in change:
+        start = entries[record] + at
+        data[start : start + len(value)] = value
+    (tmp_path / "model.pt").write_bytes(data)
+    ran = run("convert", tmp_path / "model.pt", "--to", "wn", "--theta-dtype", "float64")
+    if ran.code != 0:
+        assert_one_line(ran)
+        assert "model.pt" in ran.err
+        return
+    found = load_file(tmp_path / "model.wn.safetensors")["fc.weight_v"]
+    assert torch.equal(found, torch.load(tmp_path / "model.pt", weights_only=True)["fc.weight"])
 
 
 def test_another_zip_is_refused(tmp_path: Path) -> None:

@@ -114,7 +114,7 @@ PLAIN = plain_file()
 
 @pytest.mark.parametrize("to", ["wn", "gmp"])
 def test_plain_files(to: str) -> None:
-    @settings(BOUNDED, max_examples=80)
+    @settings(BOUNDED, max_examples=50)
     @given(mutations(PLAIN, header_length(PLAIN)))
     def holds(data: bytes) -> None:
         assert_converts_or_refuses("model.safetensors", data, to)
@@ -127,7 +127,7 @@ def test_converted_files(held: str) -> None:
     """The metadata is ours, and may lie like any other."""
     whole = converted_file(held)
 
-    @settings(BOUNDED, max_examples=80)
+    @settings(BOUNDED, max_examples=50)
     @given(mutations(whole, header_length(whole)))
     def holds(data: bytes) -> None:
         assert_converts_or_refuses("model.safetensors", data, "sp")
@@ -141,7 +141,7 @@ def test_converted_files_whose_metadata_alone_changed() -> None:
     header = json.loads(whole[8 : header_length(whole)])
     text = header["__metadata__"]["reparam"].encode()
 
-    @settings(BOUNDED, max_examples=80)
+    @settings(BOUNDED, max_examples=50)
     @given(mutations(text, len(text)))
     def holds(changed: bytes) -> None:
         value = changed.decode("utf-8", "replace")
@@ -153,7 +153,22 @@ def test_converted_files_whose_metadata_alone_changed() -> None:
 
 
 # The corners of a floating type's range, as 16 leading bits: zeros, subnormal numbers, ones, the largest, Inf, NaN.
-CORNERS = [0x0000, 0x8000, 0x0001, 0x0040, 0x007F, 0x0080, 0x3F80, 0xBF80, 0x3F81, 0x1F00, 0x7F7F, 0xFF7F, 0x7F80, 0x7FC0]
+CORNERS = [
+    0x0000,
+    0x8000,
+    0x0001,
+    0x0040,
+    0x007F,
+    0x0080,
+    0x3F80,
+    0xBF80,
+    0x3F81,
+    0x1F00,
+    0x7F7F,
+    0xFF7F,
+    0x7F80,
+    0x7FC0,
+]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -164,7 +179,7 @@ def test_any_weights(to: str, dtype: torch.dtype) -> None:
     tails = st.sampled_from([0, 1, 0xFFFF]) | st.integers(0, 0xFFFF)
     number = st.tuples(tails, heads) if dtype == torch.float32 else st.tuples(heads)
 
-    @settings(BOUNDED, max_examples=80)
+    @settings(BOUNDED, max_examples=50)
     @given(st.lists(number, min_size=6, max_size=6))
     def holds(numbers: list[tuple[int, ...]]) -> None:
         data = b"".join(half.to_bytes(2, "little") for halves in numbers for half in halves)
@@ -179,7 +194,7 @@ def test_any_weights(to: str, dtype: torch.dtype) -> None:
 def test_pickles(legacy: bool) -> None:
     whole = pickled_file(legacy)
 
-    @settings(BOUNDED, max_examples=80)
+    @settings(BOUNDED, max_examples=50)
     @given(mutations(whole, len(whole) // 2))
     def holds(data: bytes) -> None:
         assert_converts_or_refuses("model.pt", data, "gmp")
@@ -190,7 +205,7 @@ def test_pickles(legacy: bool) -> None:
 def test_indexes() -> None:
     whole = index_file()
 
-    @settings(BOUNDED, max_examples=80)
+    @settings(BOUNDED, max_examples=50)
     @given(mutations(whole, len(whole)))
     def holds(data: bytes) -> None:
         assert_converts_or_refuses(

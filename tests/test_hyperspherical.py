@@ -164,6 +164,9 @@ class Decode(torch.autograd.Function):
         return decode_backward(*ctx.saved_tensors, ctx.n, torch.float64, grad[0]), None
 
 
+KINDS = ["gaussian", "right angles", "steep", "underflow"]
+
+
 def angles_for(n: int, kind: str) -> Tensor:
     theta = gaussian(3, max(n - 1, 1), seed=n).double()
     if n == 1:
@@ -171,29 +174,33 @@ def angles_for(n: int, kind: str) -> Tensor:
     if kind == "right angles":
         theta[:, :: max(1, n // 3)] = math.pi / 2
         theta[0, -1] = math.pi
+    elif kind == "steep":  # cosines from 1e-2 to 1e-9, by which a closed form would have to divide
+        steps = torch.arange(theta[:, ::5].numel(), dtype=torch.float64).reshape(theta[:, ::5].shape) % 8
+        theta[:, ::5] = math.pi / 2 - 10.0 ** (-2 - steps)
     elif kind == "underflow":
         theta[:, :-1] = math.pi / 2 - 1e-12 * (1 + theta[:, :-1].abs())
     return theta
 
 
-@pytest.mark.parametrize("kind", ["gaussian", "right angles", "underflow"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("n", [1, 2, 3, 40])
 def test_gradcheck(n: int, kind: str) -> None:
     theta = angles_for(n, kind).requires_grad_()
     assert torch.autograd.gradcheck(lambda t: Decode.apply(t, n), (theta,), eps=1e-6, atol=1e-8, rtol=1e-7)
 
 
-@pytest.mark.parametrize("kind", ["gaussian", "right angles", "underflow"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("n", [2, 3, 12, 40])
 def test_each_gradient_is_right_beside_its_own_prefix(n: int, kind: str) -> None:
     """Component by component: the j-th is bounded by P_j·‖g‖, however small P_j is."""
-    theta, grad = angles_for(n, kind)[:1], gaussian(1, n, seed=n).double()
-    found = decode_backward(theta, n, torch.float64, grad)[0].tolist()
-    exact = oracles.exact_gradient(theta[0].tolist(), grad[0].tolist(), torch.float64)
-    prefix, scale = mpf(1), mpf(float(grad.norm()))
-    for j, (g, e) in enumerate(zip(found, exact, strict=True)):
-        assert abs(mpf(g) - e) <= FLOAT64 * prefix * scale + 2.0**-1070
-        prefix *= abs(mp.cos(mpf(theta[0, j].item())))
+    theta, grad = angles_for(n, kind), gaussian(3, n, seed=n).double()
+    found = decode_backward(theta, n, torch.float64, grad)
+    for row in range(len(theta)):
+        exact = oracles.exact_gradient(theta[row].tolist(), grad[row].tolist(), torch.float64)
+        prefix, scale = mpf(1), mpf(float(grad[row].norm()))
+        for j, e in enumerate(exact):
+            assert abs(mpf(found[row, j].item()) - e) <= FLOAT64 * prefix * scale + 2.0**-1070
+            prefix *= abs(mp.cos(mpf(theta[row, j].item())))
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 9, 27, 31, 32, 33, 576, 25_088])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
@@ -43,18 +44,18 @@ def temporaries(folder: Path) -> list[Path]:
 def written(folder: Path) -> int:
     """Bytes of what is being written."""
     total = 0
-    for top in temporaries(folder):
-        for path in [top, *top.rglob("*")] if top.is_dir() else [top]:
-            try:
-                total += path.stat().st_size if path.is_file() else 0
-            except FileNotFoundError:
-                continue
+    with contextlib.suppress(FileNotFoundError):  # it moves on while it is looked at
+        for top in temporaries(folder):
+            files = top.rglob("*") if top.is_dir() else [top]
+            total += sum(path.stat().st_size for path in files if path.is_file())
     return total
 
 
 def killed_at(arguments: list[str], parent: Path, size: int) -> bool:
     """Start a conversion and kill it once it has written ``size`` bytes; whether it was still at work then."""
-    with subprocess.Popen([*COMMAND, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+    with subprocess.Popen(
+        [*COMMAND, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as process:
         end = time.monotonic() + 60
         while process.poll() is None and time.monotonic() < end:
             if temporaries(parent) and written(parent) >= size:
@@ -126,7 +127,9 @@ def test_killed_between_the_two_renames_of_a_replaced_folder(tmp_path: Path) -> 
     kept = [path.read_bytes() for path in tmp_path.rglob("*.safetensors") if "model-gmp" in str(path)]
     assert old in kept
     done("convert", tmp_path / "model", "--to", "gmp", "--force")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "model-gmp"], "and nothing is left lying about"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "model-gmp"], (
+        "and nothing is left lying about"
+    )
 
 
 def test_temporaries_of_a_run_at_work_are_left_alone(tmp_path: Path) -> None:

@@ -79,6 +79,7 @@ def convert_checkpoint(
     if dry_run:
         return _report(plan, target, files, {}, began, dry_run=True)
     refuse_existing(target, force)
+    folders.refuse_losing(checkpoint, target)
 
     from reparam.checkpoint.mapping import worker_threads
 
@@ -93,6 +94,7 @@ def convert_checkpoint(
             folders.prepare(checkpoint, temporary)
             for file in files.values():
                 place = folders.file_in(checkpoint, temporary, file.source)
+                place.parent.mkdir(parents=True, exist_ok=True)
                 _write_file(checkpoint, file, place, pool, fidelity, tell)
             folders.finish(checkpoint, temporary, files)
     return _report(plan, target, files, fidelity, began, dry_run=False)

@@ -63,6 +63,21 @@ def refuse_in_place(checkpoint: Checkpoint, target: Path) -> None:
         )
 
 
+def refuse_losing(checkpoint: Checkpoint, target: Path) -> None:
+    """Raise OutputError where replacing the folder ``target`` would remove what the new one does not have."""
+    if checkpoint.folder is None or not target.is_dir():
+        return
+    made = {entry.name for entry in _companions(checkpoint)}
+    made |= {file_in(checkpoint, target, file).relative_to(target).parts[0] for file in checkpoint.files}
+    made |= {checkpoint.index.name} if checkpoint.index is not None else set()
+    lost = sorted(entry.name for entry in target.iterdir() if entry.name not in made)
+    if lost:
+        names = ", ".join(lost[:4]) + ", …" * (len(lost) > 4)
+        raise OutputError(
+            f"{target}: also holds {names}, which --force would remove: move it away, or use -o"
+        )
+
+
 def _companions(checkpoint: Checkpoint) -> list[Path]:
     """The other entries of a folder, which go along."""
     if checkpoint.folder is None:
@@ -108,9 +123,7 @@ def file_in(checkpoint: Checkpoint, temporary: Path, source: Path) -> Path:
         return temporary
     if source.suffix != ".safetensors":
         return temporary / "model.safetensors"
-    place = temporary / source.relative_to(checkpoint.folder)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    return place
+    return temporary / source.relative_to(checkpoint.folder)
 
 
 def finish(checkpoint: Checkpoint, temporary: Path, files: Mapping[Path, FilePlan]) -> None:

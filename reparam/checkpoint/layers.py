@@ -204,14 +204,25 @@ def _recorded_dialect(checkpoint: Checkpoint, key: str, record: LayerRecord) -> 
 
 def _tied(layers: list[Layer], aliases: Mapping[str, str], axes: Mapping[str, int]) -> list[Layer]:
     """Mark layers whose weight is another's. They share its unit axis: one weight has one set of units."""
-    owners = {layer.weight_key: layer for layer in layers}
+    # The memory may be owned by a tensor that is no layer: then the first layer of it stands for the others.
+    owners: dict[str, Layer] = {}
     marked = []
     for layer in layers:
-        owner = owners.get(aliases.get(layer.weight_key, ""))
-        if owner is not None and owner.kind == layer.kind:
+        owner = owners.setdefault(aliases.get(layer.weight_key, layer.weight_key), layer)
+        if owner is not layer and _shares_all(layer, owner, aliases):
             layer = replace(_reading_like(layer, owner, axes), tied_to=owner.key)
         marked.append(layer)
     return marked
+
+
+def _shares_all(layer: Layer, owner: Layer, aliases: Mapping[str, str]) -> bool:
+    """Whether every tensor of the weight is the owner's: a v with a g of its own makes another weight."""
+    return layer.kind == owner.kind and all(
+        role in owner.tensors
+        and aliases.get(key, key) == aliases.get(owner.tensors[role], owner.tensors[role])
+        for role, key in layer.tensors.items()
+        if role in dialects.WEIGHT_ROLES
+    )
 
 
 def _reading_like(layer: Layer, owner: Layer, axes: Mapping[str, int]) -> Layer:

@@ -23,16 +23,19 @@ from reparam.checkpoint.layers import Layer
 from reparam.checkpoint.metadata import LayerRecord
 from reparam.dtypes import torch_dtype
 from reparam.errors import CheckFailedError, NonFiniteError
+from reparam.kernels.hyperspherical import row_norms
 from reparam.parameterizations import WeightSpec, parameterization
 
 # Weights of one block. Smaller ones fit a core's cache better, but threads then queue for the interpreter lock between
 # many short operations; larger ones gain nothing more.
 _BLOCK = 1 << 18
-#: Largest error of a row, ‖Δw‖/‖w‖, that a conversion may make, by the type of the plain weight. More is a defect.
-ROW_ERROR_BAR = {"F64": 1e-12, "F32": 2e-7, "F16": 1e-6, "BF16": 1e-6}
-_NAMED = 16
-# Float32 holds neither a smaller norm nor its weights to full precision: errors of such rows are relative to it.
+#: Largest error that a conversion may make before anything is rounded to the plain dtype, by the type of theta, r, g and
+#: lambda_: of a row, ‖Δw‖/‖w‖, and of a bias, |Δb|/|b|. More is a defect.
+ROW_ERROR_BAR = {"F64": 1e-12, "F32": 2e-7}
+BIAS_ERROR_BAR = {"F64": 2.0**-51, "F32": 2.0**-23}
+# No float32 holds a smaller norm or number to full precision: errors of such are relative to it.
 _SMALLEST_NORMAL = 2.0**-126
+_NAMED = 16
 # Just below the 32 MB up to which glibc adapts.
 _KEPT = (32 << 20) - 8192
 
@@ -146,18 +149,16 @@ def map_layer(
         spec = block.of(record.spec)
         tensors = target.decompose(weight, bias, spec, record.bias)
         write(block, tensors)
-        return (
-            Fidelity() if record.kind == "sp" else _compare(weight, bias, tensors, record.kind, spec, block)
-        )
+        if record.kind == "sp":
+            return Fidelity()
+        try:
+            return _compare(weight, bias, tensors, record.kind, spec, block)
+        except CheckFailedError as error:
+            raise CheckFailedError(
+                f"'{layer.key}' {error}; nothing was written: please report this"
+            ) from error
 
-    fidelity = sum(pool.map(one, parts), Fidelity())
-    bar = max(ROW_ERROR_BAR[record.spec.dtype], ROW_ERROR_BAR[record.spec.stored])
-    if not fidelity.max_row_error <= bar:  # NaN is no pass
-        raise CheckFailedError(
-            f"'{layer.key}' came back with a row error of {fidelity.max_row_error:.1e}, the bar is {bar:.0e};"
-            " nothing was written: please report this"
-        )
-    return fidelity
+    return sum(pool.map(one, parts), Fidelity())
 
 
 def bias_role(
@@ -184,8 +185,8 @@ def _finite(tensors: Tensors) -> Tensors:
 
 
 def _all_finite(tensor: Tensor) -> bool:
-    """Whether the sum is finite; only where it is not, float64 tells an overflow from a NaN or Inf."""
-    return math.isfinite(float(tensor.sum())) or math.isfinite(float(tensor.sum(dtype=torch.float64)))
+    """Whether no element is NaN or Inf: the largest of a NaN and anything is NaN."""
+    return tensor.numel() == 0 or math.isfinite(float(tensor.abs().amax()))
 
 
 def _compare(
@@ -196,10 +197,20 @@ def _compare(
     spec: WeightSpec,
     block: Block,
 ) -> Fidelity:
-    """Decode ``tensors`` again and hold them against what they were made of."""
-    again, bias_again = parameterization(kind).compose(tensors, spec)
+    """Decode ``tensors`` again and hold them against what they were made of.
+
+    Raises:
+        NonFiniteError: the source's weight does not fit its own dtype.
+        CheckFailedError: an error beyond the bar, before rounding; or an exact zero that did not survive.
+    """
+    target = parameterization(kind)
+    again, bias_again = target.compose(tensors, spec)
     dtype = torch_dtype(spec.dtype)
     want, have = weight.to(dtype), again.to(dtype)
+    if weight.dtype != dtype and not _all_finite(want):
+        raise NonFiniteError(f"values beyond {spec.dtype}")
+    made_of = want if target.keeps_dtype else weight
+    _require(_row_error(again - made_of, made_of, spec), ROW_ERROR_BAR[spec.stored], "row")
     unequal = _unequal(want, have)
     inexact, error = int(np.count_nonzero(unequal)), 0.0
     where: tuple[int, ...] = ()
@@ -207,16 +218,31 @@ def _compare(
         if dtype.itemsize == 2:  # differences of 16-bit numbers are exact in float32
             want, have = want.float(), have.float()
         if bool((unequal & (want.numpy() == 0)).any()):
-            raise CheckFailedError("an exact zero did not survive; nothing was written: please report this")
-        error = _row_error(spec.unit.to_rows(have - want), spec.unit.to_rows(again))
+            raise CheckFailedError("lost an exact zero")
+        error = _row_error(have - want, want, spec)
         first = block.start * (weight.numel() // block.count)
         where = tuple(first + i for i in _first(unequal))
-    bias_inexact = 0
-    if bias is not None and bias_again is not None:
-        assert spec.bias_dtype is not None
-        bias_dtype = torch_dtype(spec.bias_dtype)
-        bias_inexact = int((bias.to(bias_dtype) != bias_again.to(bias_dtype)).sum())
-    return Fidelity(weight.numel(), spec.units, inexact, error, where, bias_inexact)
+    return Fidelity(weight.numel(), spec.units, inexact, error, where, _bias_inexact(bias, bias_again, spec))
+
+
+def _bias_inexact(bias: Tensor | None, again: Tensor | None, spec: WeightSpec) -> int:
+    """How many biases do not come back bit for bit; CheckFailedError where one is off by more than rounding."""
+    if bias is None or again is None:
+        return 0
+    assert spec.bias_dtype is not None
+    size = bias.double().abs().clamp_min(_floor(spec.bias_dtype))
+    _require(float(((again.double() - bias).abs() / size).amax()), BIAS_ERROR_BAR[spec.stored], "bias")
+    dtype = torch_dtype(spec.bias_dtype)
+    return int((bias.to(dtype) != again.to(dtype)).sum())
+
+
+def _require(error: float, bar: float, what: str) -> None:
+    if not error <= bar:  # NaN is no pass
+        raise CheckFailedError(f"came back with a {what} error of {error:.1e}, the bar is {bar:.1e}")
+
+
+def _floor(dtype: str) -> float:
+    return float(torch.finfo(torch.float64).tiny) if dtype == "F64" else _SMALLEST_NORMAL
 
 
 def _unequal(want: Tensor, have: Tensor) -> Mask:
@@ -241,8 +267,10 @@ def _first(mask: Mask) -> list[int]:
     return found[:_NAMED]
 
 
-def _row_error(difference: Tensor, again: Tensor) -> float:
-    """Largest ‖difference‖/‖again‖ of a row, which is ‖Δw‖/‖w‖ up to its own size; none for an exact row."""
-    error = torch.linalg.vector_norm(difference.double(), dim=1)
-    norm = torch.linalg.vector_norm(again, dim=1).clamp_min(_SMALLEST_NORMAL)
-    return float(torch.where(error == 0, 0.0, error / norm).max())
+def _row_error(difference: Tensor, want: Tensor, spec: WeightSpec) -> float:
+    """Largest ‖difference‖/‖want‖ of a unit; infinite where the difference is NaN or Inf."""
+    try:
+        error, norm = (row_norms(spec.unit.to_rows(tensor)) for tensor in (difference, want))
+    except NonFiniteError:
+        return math.inf
+    return float(torch.where(error == 0, 0.0, error / norm.clamp_min(_floor(spec.dtype))).max())

@@ -171,9 +171,25 @@ def _state_dict(path: Path, value: Any) -> tuple[Mapping[Any, Any], tuple[str, .
         if inner is None:
             if any(isinstance(entry, torch.Tensor) and isinstance(key, str) for key, entry in value.items()):
                 return value, nest
-            break
-        value, nest = value[inner], (*nest, inner)
-    raise CheckpointError(f"{path}: holds no state_dict (looked under {', '.join(_NESTS)})")
+            inner = _only_state(value)
+            if inner is None:
+                break
+        value, nest = value[inner], (*nest, str(inner))
+    raise CheckpointError(
+        f"{path}: holds no state_dict (looked under {', '.join(_NESTS)}, and for a single dictionary of tensors)"
+    )
+
+
+def _only_state(value: Mapping[Any, Any]) -> Any:
+    """Key of the one entry that is a dictionary of tensors, as {'generator': ...} has it; None without or of several."""
+    import torch
+
+    found = [
+        key
+        for key, entry in value.items()
+        if isinstance(entry, Mapping) and any(isinstance(tensor, torch.Tensor) for tensor in entry.values())
+    ]
+    return found[0] if len(found) == 1 else None
 
 
 def _place(path: Path, key: str, tensor: Tensor, dtype: str, places: Mapping[int, int]) -> TensorInfo | None:

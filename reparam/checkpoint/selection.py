@@ -39,7 +39,7 @@ class Selection:
         if self.include:
             return None if _match(layer, self.include) else "no --include matches"
         if pattern := _match(layer, SKIPPED_BY_NAME):
-            return f"name is on the default list ({pattern}): --include {layer.name} takes it"
+            return f"name is on the default list ({pattern}); --include {layer.name} would take it alone"
         return None
 
     def check(self, layers: Sequence[Layer], axes: Sequence[str] = ()) -> None:

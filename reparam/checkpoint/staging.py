@@ -24,13 +24,13 @@ def staged(target: Path, force: bool = False) -> Iterator[Path]:
         OutputError: target exists and not ``force``; its folder is missing, read-only or full.
     """
     refuse_existing(target, force)
-    parent = target.resolve().parent
+    parent = Path(os.path.abspath(target)).parent
     temporary = parent / f".{target.name}.{os.getpid()}.partial"
     try:
         for stale in _left_by_the_dead(parent, target.name, "partial"):
             _remove(stale)
         yield temporary
-        _sync_folder(temporary)
+        _sync_tree(temporary)
         _replace(temporary, target)
         _sync_folder(parent)
     except OSError as error:
@@ -44,7 +44,7 @@ def refuse_existing(target: Path, force: bool) -> None:
 
     What a killed run left half replaced is settled first.
     """
-    parent = target.resolve().parent
+    parent = Path(os.path.abspath(target)).parent
     if not parent.is_dir():
         raise OutputError(f"{parent}: no such folder, to write {target.name} into")
     if not os.access(parent, os.W_OK):
@@ -61,7 +61,7 @@ def refuse_existing(target: Path, force: bool) -> None:
 
 def require_space(target: Path, needed: int) -> None:
     """Raise OutputError where the filesystem of ``target`` has not ``needed`` bytes left."""
-    free = shutil.disk_usage(target.resolve().parent).free
+    free = shutil.disk_usage(Path(os.path.abspath(target)).parent).free
     if free < needed:
         raise OutputError(
             f"{target}: {needed:,} bytes needed, {free:,} free on that disk: make room or use -o"
@@ -99,7 +99,8 @@ def _remove(path: Path) -> None:
 def _left_by_the_dead(parent: Path, name: str, suffix: str) -> Iterator[Path]:
     for path in parent.glob(f".{glob.escape(name)}.*.{suffix}"):
         pid = path.name.split(".")[-2]
-        if pid.isdigit() and not _alive(int(pid)):
+        # Its own number can only be an earlier process's: in a container they start again from 1.
+        if pid.isdigit() and (int(pid) == os.getpid() or not _alive(int(pid))):
             yield path
 
 
@@ -122,6 +123,19 @@ def _alive(pid: int) -> bool:
     except PermissionError:
         return True
     return True
+
+
+def _sync_tree(path: Path) -> None:
+    """Everything in a folder is on disk before the folder has its name; a file has seen to it itself."""
+    if not path.is_dir():
+        return
+    for entry in path.iterdir():
+        if entry.is_dir():
+            _sync_tree(entry)
+        else:
+            with entry.open("rb") as file:
+                os.fsync(file.fileno())
+    _sync_folder(path)
 
 
 def _sync_folder(path: Path) -> None:

@@ -78,6 +78,8 @@ class Parameterization(ABC):
     title: str
     #: why a checkpoint without its graph cannot be brought into this parameterization, or None
     needs_graph: str | None = None
+    #: its tensors hold the weight itself, in the layer's own dtype
+    keeps_dtype: bool = False
 
     @abstractmethod
     def tensors(self, spec: WeightSpec, bias: str | None) -> TensorSpecs:

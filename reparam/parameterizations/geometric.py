@@ -45,7 +45,7 @@ class Geometric(Parameterization):
         from reparam.kernels.hyperspherical import row_norms
 
         radius = row_norms(spec.unit.to_rows(weight)).to(torch_dtype(spec.stored))
-        return "lambda_" if _usable(_lambda(radius, bias)) else "bias"
+        return "lambda_" if _usable(_lambda(radius, bias), spec.stored) else "bias"
 
     def decompose(
         self, weight: Tensor, bias: Tensor | None, spec: WeightSpec, bias_role: str | None = None
@@ -57,7 +57,7 @@ class Geometric(Parameterization):
         if bias is not None:
             lambda_ = _lambda(radius, bias)
             if bias_role is None:
-                bias_role = "lambda_" if _usable(lambda_) else "bias"
+                bias_role = "lambda_" if _usable(lambda_, spec.stored) else "bias"
             dtype = spec.stored if bias_role == "lambda_" else spec.bias_dtype
             assert dtype is not None
             tensors[bias_role] = (lambda_ if bias_role == "lambda_" else bias).to(torch_dtype(dtype))
@@ -87,9 +87,13 @@ def _lambda(radius: Tensor, bias: Tensor) -> Tensor:
     return torch.where((b == 0) & (r == 0), 0.0, b / r)
 
 
-def _usable(lambda_: Tensor) -> bool:
-    """Whether every unit has a λ; NaN compares false."""
-    return bool((lambda_.abs() <= LARGEST_LAMBDA).all())
+def _usable(lambda_: Tensor, stored: str) -> bool:
+    """Whether every unit has a λ that its type holds to full precision; NaN compares false."""
+    import torch
+
+    size = lambda_.abs()
+    smallest = torch.finfo(torch_dtype(stored)).tiny
+    return bool(((size == 0) | ((size >= smallest) & (size <= LARGEST_LAMBDA))).all())
 
 
 def _from_pole(colatitude: Tensor, right: float) -> Tensor:

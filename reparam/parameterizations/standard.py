@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -42,9 +43,7 @@ class Standard(Parameterization):
 
 def _rounded(value: Tensor, dtype: str) -> Tensor:
     """``value`` in ``dtype``; a radius that training let grow may give weights that no float16 holds."""
-    import torch
-
     rounded = value.to(torch_dtype(dtype))
-    if not bool(torch.isfinite(rounded.sum(dtype=torch.float64))):
+    if rounded.numel() and not math.isfinite(float(rounded.abs().amax())):
         raise NonFiniteError(f"NaN, Inf, or values beyond {dtype}")
     return rounded

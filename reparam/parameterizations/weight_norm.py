@@ -27,6 +27,7 @@ class WeightNorm(Parameterization):
 
     name = "wn"
     title = "weight normalization"
+    keeps_dtype = True
 
     def tensors(self, spec: WeightSpec, bias: str | None) -> TensorSpecs:
         specs: TensorSpecs = {
@@ -42,14 +43,16 @@ class WeightNorm(Parameterization):
     def decompose(
         self, weight: Tensor, bias: Tensor | None, spec: WeightSpec, bias_role: str | None = None
     ) -> dict[str, Tensor]:
-
         from reparam.kernels.hyperspherical import row_norms
 
         v = weight.to(torch_dtype(spec.dtype))
-        g = row_norms(v.reshape(v.shape[0], -1)).to(torch_dtype(spec.stored))
+        norms = row_norms(v.reshape(v.shape[0], -1))
+        g = norms.to(torch_dtype(spec.stored))
         if g.numel() and not math.isfinite(float(g.amax())):
             raise NonFiniteError("a row's norm does not fit float32 (--theta-dtype float64 holds it)")
         dead = g == 0
+        if bool((dead & (norms > 0)).any()):
+            raise NonFiniteError("a row whose norm is too small for float32 (--theta-dtype float64 holds it)")
         if bool(dead.any()):
             v = v.clone()
             v.reshape(v.shape[0], -1)[dead, -1] = 1
@@ -65,9 +68,20 @@ class WeightNorm(Parameterization):
 
         v, g = tensors["weight_v"].to(torch.float64, copy=True), tensors["weight_g"].double()
         axes = norm_axes(tuple(v.shape), tuple(g.shape))
-        norm = torch.linalg.vector_norm(v, dim=axes, keepdim=True) if axes else v.abs()
+        norm = _norm(v, axes, tensors["weight_v"].dtype.itemsize == 8) if axes else v.abs()
         scale = (g if g.dim() else g.reshape((1,) * v.dim())) / norm.masked_fill(norm == 0, 1.0)
         return v.mul_(scale), tensors.get("bias")
+
+
+def _norm(v: Tensor, axes: tuple[int, ...], wide: bool) -> Tensor:
+    """Norm of a float64 tensor over ``axes``; squares of what was ``wide`` could over- or underflow."""
+    import torch
+
+    from reparam.kernels.hyperspherical import power_below
+
+    scale = power_below(v.abs().amax(dim=axes, keepdim=True)) if wide else None
+    norm: Tensor = torch.linalg.vector_norm(v if scale is None else v / scale, dim=axes, keepdim=True)
+    return norm if scale is None else norm * scale
 
 
 def norm_axes(v_shape: tuple[int, ...], g_shape: tuple[int, ...]) -> tuple[int, ...]:
