@@ -75,3 +75,34 @@ def _without_figures(text: str) -> str:
     # The input with the largest error, and the element where it is, are figures too.
     text = re.sub(r"linear\[.*?\], input \[.*?\] at scale \S+", "linear", text.strip())
     return re.sub(r"\d[\d,.]*(e-?\d+)?", "#", text)
+
+
+def test_the_loop_of_your_own_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lines as they stand, around one step of training."""
+    import torch
+    from safetensors.torch import save_file
+    from torch import nn
+
+    import reparam
+
+    def net() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3))
+
+    monkeypatch.chdir(tmp_path)
+    plain = net().state_dict()
+    save_file(plain, "model.safetensors")
+    reparam.convert_checkpoint("model.safetensors", "gmp")
+    block = next(
+        b for b in re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL) if "apply_records" in b
+    )
+    step = (
+        "optimizer = torch.optim.SGD(model.parameters(), lr=0.1)\n"
+        "model(torch.ones(2, 1, 4, 4)).square().sum().backward()\noptimizer.step()"
+    )
+    assert block.count("\n...") == 1
+    scope = {"net": net, "torch": torch}
+    exec(block.replace("\n...", "\n" + step + "\n#"), scope)
+    folded = scope["plain"].state_dict()  # type: ignore[attr-defined]
+    assert list(folded) == list(plain)
+    assert all(not torch.equal(folded[key], plain[key]) for key in plain)

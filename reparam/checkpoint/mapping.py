@@ -210,7 +210,8 @@ def _compare(
     if weight.dtype != dtype and not _all_finite(want):
         raise NonFiniteError(f"values beyond {spec.dtype}")
     made_of = want if target.keeps_dtype else weight
-    _require(_row_error(again - made_of, made_of, spec), ROW_ERROR_BAR[spec.stored], "row")
+    size = _row_norms(made_of, spec)
+    _require(_row_error(again.sub_(made_of), size, spec), ROW_ERROR_BAR[spec.stored], "row")
     unequal = _unequal(want, have)
     inexact, error = int(np.count_nonzero(unequal)), 0.0
     where: tuple[int, ...] = ()
@@ -219,7 +220,7 @@ def _compare(
             want, have = want.float(), have.float()
         if bool((unequal & (want.numpy() == 0)).any()):
             raise CheckFailedError("lost an exact zero")
-        error = _row_error(have - want, want, spec)
+        error = _row_error(have - want, size, spec)
         first = block.start * (weight.numel() // block.count)
         where = tuple(first + i for i in _first(unequal))
     return Fidelity(weight.numel(), spec.units, inexact, error, where, _bias_inexact(bias, bias_again, spec))
@@ -267,10 +268,20 @@ def _first(mask: Mask) -> list[int]:
     return found[:_NAMED]
 
 
-def _row_error(difference: Tensor, want: Tensor, spec: WeightSpec) -> float:
-    """Largest ‖difference‖/‖want‖ of a unit; infinite where the difference is NaN or Inf."""
+def _row_norms(weight: Tensor, spec: WeightSpec) -> Tensor:
+    """float64 norm of every unit; only squares of float64 weights can over- or underflow."""
+    rows = spec.unit.to_rows(weight)
+    if spec.dtype == "F64":
+        return row_norms(rows)
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+    return norms
+
+
+def _row_error(difference: Tensor, size: Tensor, spec: WeightSpec) -> float:
+    """Largest ‖difference‖ of a unit over its ``size``; infinite where the difference is NaN or Inf."""
     try:
-        error, norm = (row_norms(spec.unit.to_rows(tensor)) for tensor in (difference, want))
+        error = _row_norms(difference, spec)
     except NonFiniteError:
         return math.inf
-    return float(torch.where(error == 0, 0.0, error / norm.clamp_min(_floor(spec.dtype))).max())
+    worst = torch.where(error == 0, 0.0, error / size.clamp_min(_floor(spec.dtype))).amax()
+    return float(worst.nan_to_num(math.inf))
