@@ -257,3 +257,13 @@ def test_the_axis_can_be_named(tmp_path: Path) -> None:
     convert(tmp_path / "out.safetensors", "sp", tmp_path / "sp.safetensors")
     again = tensors_of(tmp_path / "sp.safetensors")["up.weight"]
     oracles.assert_came_back(again.movedim(1, 0).reshape(6, -1), units, torch.float32)
+
+
+def test_a_trainer_s_files_beside_the_model(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    torch.save(a_model(), folder / "pytorch_model.bin")
+    torch.save({"state": {}}, folder / "optimizer.pt")
+    torch.save({"lr": 0.1}, folder / "training_args.bin")
+    done("convert", folder, "--to", "gmp")
+    assert sorted(p.name for p in (tmp_path / "model-gmp").iterdir()) == ["model.safetensors"]

@@ -29,6 +29,8 @@ def record_places(path: Path) -> dict[int, int] | None:
                 header = file.read(_LOCAL_HEADER)
                 lengths = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
                 places[info.header_offset + _LOCAL_HEADER + lengths] = info.file_size
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError):
+    except (
+        Exception
+    ):  # zipfile raises whatever a broken directory makes it stumble over; torch then says what it is
         return None
     return places

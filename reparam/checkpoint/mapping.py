@@ -211,7 +211,6 @@ def _compare(
         raise NonFiniteError(f"values beyond {spec.dtype}")
     made_of = want if target.keeps_dtype else weight
     size = _row_norms(made_of, spec)
-    _require(_row_error(again.sub_(made_of), size, spec), ROW_ERROR_BAR[spec.stored], "row")
     unequal = _unequal(want, have)
     inexact, error = int(np.count_nonzero(unequal)), 0.0
     where: tuple[int, ...] = ()
@@ -223,6 +222,8 @@ def _compare(
         error = _row_error(have - want, size, spec)
         first = block.start * (weight.numel() // block.count)
         where = tuple(first + i for i in _first(unequal))
+    # In place, so at last: `have` may be `again` itself.
+    _require(_row_error(again.sub_(made_of), size, spec), ROW_ERROR_BAR[spec.stored], "row")
     return Fidelity(weight.numel(), spec.units, inexact, error, where, _bias_inexact(bias, bias_again, spec))
 
 

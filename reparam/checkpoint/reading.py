@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 INDEX_SUFFIX = ".safetensors.index.json"
+_USUAL_NAMES = ("model.safetensors", "pytorch_model.bin")
 _BLOCK = 1 << 23
 
 
@@ -164,6 +165,8 @@ def _open_folder(folder: Path) -> Checkpoint:
         found = sorted(f for suffix in pickles.SUFFIXES for f in folder.glob(f"*{suffix}"))
     if not found:
         raise CheckpointError(f"{folder}: no *.safetensors, index of shards or PyTorch file in this folder")
+    if len(found) > 1:  # trainers leave optimizer.pt and the like beside a model
+        found = [file for file in found if file.name in _USUAL_NAMES] or found
     if len(found) > 1:
         names = ", ".join(f.name for f in found[:4])
         raise CheckpointError(
