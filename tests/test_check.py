@@ -70,7 +70,8 @@ def test_a_wrong_bias_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_float64_of_every_size(scale: float, to: str, tmp_path: Path) -> None:
     weight = gaussian(4, 6).double() * scale
     save_file({"fc.weight": weight}, tmp_path / "model.safetensors")
-    convert(tmp_path / "model.safetensors", to, tmp_path / "out.safetensors")
+    report = convert(tmp_path / "model.safetensors", to, tmp_path / "out.safetensors")
+    assert report["roundtrip"]["max_row_error"] <= FLOAT64_ROW
     convert(tmp_path / "out.safetensors", "sp", tmp_path / "sp.safetensors")
     again = load_file(tmp_path / "sp.safetensors")["fc.weight"]
     assert (again / scale - weight / scale).norm(dim=1).max() <= FLOAT64_ROW * (weight / scale).norm(

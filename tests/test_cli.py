@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -240,3 +241,12 @@ def test_ctrl_c_leaves_nothing(source: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert ran.code == 130
     assert ran.err.count("\n") == 1
     assert [path.name for path in source.parent.iterdir()] == ["model.safetensors"]
+
+
+def test_a_terminal_that_knows_no_arrows(source: Path) -> None:
+    """An ASCII locale: the table comes with question marks, not with an error after the file was written."""
+    command = [sys.executable, "-m", "reparam", "convert", str(source), "--to", "gmp"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "LC_ALL": "C"}
+    ran = subprocess.run(command, capture_output=True, env=environment, cwd=ROOT.parent, check=False)
+    assert (ran.returncode, ran.stderr) == (0, b"")
+    assert b"sp ? gmp" in ran.stdout

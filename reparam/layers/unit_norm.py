@@ -28,9 +28,7 @@ class UnitNormForm(Form):
     def tensors(self, spec: WeightSpec, bias_role: str | None) -> TensorSpecs:
         specs: TensorSpecs = {"weight_v": (spec.dtype, spec.shape)}
         if bias_role is not None:
-            assert spec.bias_dtype is not None
-            assert spec.bias_shape is not None
-            specs["bias"] = (spec.bias_dtype, spec.bias_shape)
+            specs["bias"] = spec.bias
         return specs
 
     def decompose(

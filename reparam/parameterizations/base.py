@@ -50,6 +50,13 @@ class WeightSpec:
         return self.unit.fan_in(self.shape)
 
     @property
+    def bias(self) -> tuple[str, tuple[int, ...]]:
+        """Type and shape of the plain bias, of a layer that has one."""
+        assert self.bias_dtype is not None
+        assert self.bias_shape is not None
+        return self.bias_dtype, self.bias_shape
+
+    @property
     def leading(self) -> int:
         """Into how many equal slices of their first axis all tensors of the layer can be cut, each a layer itself."""
         if self.unit.axis == 0:

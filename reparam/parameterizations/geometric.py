@@ -36,9 +36,8 @@ class Geometric(Parameterization):
             "theta": (spec.stored, (spec.units, max(spec.fan_in - 1, 1))),
         }
         if bias is not None:
-            assert spec.bias_dtype is not None
-            assert spec.bias_shape is not None
-            specs[bias] = (spec.stored if bias == "lambda_" else spec.bias_dtype, spec.bias_shape)
+            dtype, shape = spec.bias
+            specs[bias] = (spec.stored if bias == "lambda_" else dtype, shape)
         return specs
 
     def bias_role(self, weight: Tensor, bias: Tensor, spec: WeightSpec) -> str:

@@ -23,9 +23,7 @@ class Standard(Parameterization):
     def tensors(self, spec: WeightSpec, bias: str | None) -> TensorSpecs:
         specs: TensorSpecs = {"weight": (spec.dtype, spec.shape)}
         if bias is not None:
-            assert spec.bias_dtype is not None
-            assert spec.bias_shape is not None
-            specs["bias"] = (spec.bias_dtype, spec.bias_shape)
+            specs["bias"] = spec.bias
         return specs
 
     def decompose(

@@ -35,9 +35,7 @@ class WeightNorm(Parameterization):
             "weight_v": (spec.dtype, spec.shape),
         }
         if bias is not None:
-            assert spec.bias_dtype is not None
-            assert spec.bias_shape is not None
-            specs["bias"] = (spec.bias_dtype, spec.bias_shape)
+            specs["bias"] = spec.bias
         return specs
 
     def decompose(
