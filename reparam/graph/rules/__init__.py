@@ -1,0 +1,1 @@
+"""Rewriting rules, one to a file: each opens with its algebra and refuses with a reason."""
