@@ -231,12 +231,12 @@ def test_a_closed_pipe_is_no_error(options: list[str], source: Path) -> None:
 
 
 def test_ctrl_c_leaves_nothing(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from reparam.checkpoint import converting
+    from reparam.checkpoint import running
 
     def interrupted(*arguments: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(converting, "_write_file", interrupted)
+    monkeypatch.setattr(running, "write", interrupted)
     ran = run("convert", source, "--to", "gmp")
     assert ran.code == 130
     assert ran.err.count("\n") == 1

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
-from reparam.checkpoint import convert_checkpoint, mapping  # noqa: F401  (imports are not part of the time)
+from reparam.checkpoint import convert_checkpoint, running  # noqa: F401  (imports are not part of the time)
 
 
 def main() -> None:

@@ -1,17 +1,13 @@
 """One layer from its source tensors to its target tensors: rows stream through in blocks.
 
 A block of rows is read, composed, decomposed, decoded again for comparison, and written; everything between source
-and target is float64, only what is written is rounded. Memory is a few blocks, whatever the layer's size. Blocks run
-on a few threads, for torch releases the interpreter lock. (torch's own threads would split every operation instead and
-wait for one another in a spin after each: on cores that something else is using too, that can take ten times as long.)
+and target is float64, only what is written is rounded. Memory is a few blocks, whatever the layer's size.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,8 +22,7 @@ from reparam.errors import CheckFailedError, NonFiniteError
 from reparam.kernels.hyperspherical import row_norms
 from reparam.parameterizations import WeightSpec, parameterization
 
-# Weights of one block. Smaller ones fit a core's cache better, but threads then queue for the interpreter lock between
-# many short operations; larger ones gain nothing more.
+# Weights of one block: its float64 temporaries have two megabytes each.
 _BLOCK = 1 << 18
 #: Largest error that a conversion may make before anything is rounded to the plain dtype, by the type of theta, r, g and
 #: lambda_: of a row, ‖Δw‖/‖w‖, and of a bias, |Δb|/|b|. More is a defect.
@@ -36,8 +31,10 @@ BIAS_ERROR_BAR = {"F64": 2.0**-51, "F32": 2.0**-23}
 # No float32 holds a smaller norm or number to full precision: errors of such are relative to it.
 _SMALLEST_NORMAL = 2.0**-126
 _NAMED = 16
-# Just below the 32 MB up to which glibc adapts.
-_KEPT = (32 << 20) - 8192
+# Elements in which to look for those first.
+_LOOK = 256
+# Row norms from here to its inverse: float32 holds their squares, and those of errors worth a mention.
+_COMFORTABLE = 1e-6
 
 Tensors = dict[str, Tensor]
 Mask = npt.NDArray[np.bool_]
@@ -89,31 +86,9 @@ class Fidelity:
             self.rows + other.rows,
             self.inexact + other.inexact,
             max(self.max_row_error, other.max_row_error),
-            (self.where + other.where)[:_NAMED],
+            tuple(sorted(self.where + other.where)[:_NAMED]),
             self.bias_inexact + other.bias_inexact,
         )
-
-
-@contextmanager
-def worker_threads() -> Iterator[ThreadPoolExecutor]:
-    """Threads for blocks, each with torch's own threading off; restored afterwards."""
-    count = torch.get_num_threads()
-    torch.set_num_threads(1)
-    _keep_freed_memory()
-    try:
-        with ThreadPoolExecutor(count) as pool:
-            yield pool
-    finally:
-        torch.set_num_threads(count)
-
-
-def _keep_freed_memory() -> None:
-    """Have glibc hand a block's buffers out again, instead of giving their pages back to the system after every use.
-
-    Freeing one large buffer raises its thresholds for that to about the buffer's size, and touches none of its pages.
-    Elsewhere this does nothing.
-    """
-    torch.empty(_KEPT, dtype=torch.uint8)
 
 
 def blocks(spec: WeightSpec, divisible: bool) -> list[Block]:
@@ -125,10 +100,10 @@ def blocks(spec: WeightSpec, divisible: bool) -> list[Block]:
     return [Block(start, min(step, leading - start), leading) for start in range(0, leading, step)]
 
 
-def map_layer(
-    layer: Layer, record: LayerRecord, parts: list[Block], read: Read, write: Write, pool: ThreadPoolExecutor
+def map_blocks(
+    layer: Layer, record: LayerRecord, parts: Sequence[Block], read: Read, write: Write
 ) -> Fidelity:
-    """Decompose a layer into the parameterization of ``record``, block by block.
+    """Decompose blocks of a layer into the parameterization of ``record``.
 
     Args:
         layer: how the source is held.
@@ -136,44 +111,38 @@ def map_layer(
         parts: from :func:`blocks`.
         read: gives a block's source tensors by role.
         write: takes a block's target tensors by role.
-        pool: from :func:`worker_threads`.
 
     Raises:
         NonFiniteError: a weight or bias is NaN or Inf.
         CheckFailedError: what was computed does not give the source back within the bar.
     """
     source, target = parameterization(layer.kind), parameterization(record.kind)
-
-    def one(block: Block) -> Fidelity:
+    fidelity = Fidelity()
+    for block in parts:
         weight, bias = source.compose(_finite(read(block)), block.of(layer.spec))
         spec = block.of(record.spec)
         tensors = target.decompose(weight, bias, spec, record.bias)
         write(block, tensors)
         if record.kind == "sp":
-            return Fidelity()
+            continue
         try:
-            return _compare(weight, bias, tensors, record.kind, spec, block)
+            fidelity += _compare(weight, bias, tensors, record.kind, spec, block)
         except CheckFailedError as error:
             raise CheckFailedError(
                 f"'{layer.key}' {error}; nothing was written: please report this"
             ) from error
+    return fidelity
 
-    return sum(pool.map(one, parts), Fidelity())
 
-
-def bias_role(
-    layer: Layer, record: LayerRecord, parts: list[Block], read: Read, pool: ThreadPoolExecutor
-) -> str:
-    """Under which role the whole layer's bias is to be kept: decided by its values, before anything is written."""
+def bias_roles(layer: Layer, record: LayerRecord, parts: Sequence[Block], read: Read) -> set[str]:
+    """Under which roles the values of these blocks would have the bias kept; the layer's is "bias" if any says so."""
     source, target = parameterization(layer.kind), parameterization(record.kind)
-
-    def one(block: Block) -> str:
+    roles = set()
+    for block in parts:
         weight, bias = source.compose(_finite(read(block)), block.of(layer.spec))
         assert bias is not None
-        return target.bias_role(weight, bias, block.of(record.spec))
-
-    roles = set(pool.map(one, parts))
-    return roles.pop() if len(roles) == 1 else "bias"
+        roles.add(target.bias_role(weight, bias, block.of(record.spec)))
+    return roles
 
 
 def _finite(tensors: Tensors) -> Tensors:
@@ -210,20 +179,24 @@ def _compare(
     if weight.dtype != dtype and not _all_finite(want):
         raise NonFiniteError(f"values beyond {spec.dtype}")
     made_of = want if target.keeps_dtype else weight
-    size = _row_norms(made_of, spec)
+    size, wide = _sizes(made_of, spec)
     unequal = _unequal(want, have)
     inexact, error = int(np.count_nonzero(unequal)), 0.0
     where: tuple[int, ...] = ()
     if inexact:
         if dtype.itemsize == 2:  # differences of 16-bit numbers are exact in float32
             want, have = want.float(), have.float()
-        if bool((unequal & (want.numpy() == 0)).any()):
+        if (unequal & np.equal(want.numpy(), 0)).any():
             raise CheckFailedError("lost an exact zero")
-        error = _row_error(have - want, size, spec)
+        error = _row_error(have - want, size, spec, wide)
         first = block.start * (weight.numel() // block.count)
         where = tuple(first + i for i in _first(unequal))
-    # In place, so at last: `have` may be `again` itself.
-    _require(_row_error(again.sub_(made_of), size, spec), ROW_ERROR_BAR[spec.stored], "row")
+    if spec.dtype == spec.stored and made_of.dtype == dtype:
+        worst = error  # rounding to the plain dtype is within the bar
+    else:
+        # In place, so at last: `have` may be `again` itself.
+        worst = _row_error(again.sub_(made_of), size, spec, wide)
+    _require(worst, ROW_ERROR_BAR[spec.stored], "row")
     return Fidelity(weight.numel(), spec.units, inexact, error, where, _bias_inexact(bias, bias_again, spec))
 
 
@@ -260,29 +233,46 @@ def _unequal(want: Tensor, have: Tensor) -> Mask:
 
 
 def _first(mask: Mask) -> list[int]:
-    """Flat positions of the first few set elements, looking no further than it must."""
-    flat, found = mask.reshape(-1), []
-    for start in range(0, flat.size, 4096):
-        found += [start + int(i) for i in np.flatnonzero(flat[start : start + 4096])[:_NAMED]]
-        if len(found) >= _NAMED:
-            break
-    return found[:_NAMED]
+    """Flat positions of the first few set elements; all are listed only where few are set."""
+    flat = mask.reshape(-1)
+    found = np.flatnonzero(flat[:_LOOK])
+    if found.size < _NAMED:
+        found = np.flatnonzero(flat)
+    return [int(i) for i in found[:_NAMED]]
 
 
-def _row_norms(weight: Tensor, spec: WeightSpec) -> Tensor:
-    """float64 norm of every unit; only squares of float64 weights can over- or underflow."""
+def _row_norms(weight: Tensor, spec: WeightSpec, wide: bool = True) -> Tensor:
+    """float64 norm of every unit; without ``wide`` in the weight's own arithmetic, which is several times faster.
+
+    Only squares of float64 weights can over- or underflow float64.
+    """
     rows = spec.unit.to_rows(weight)
     if spec.dtype == "F64":
         return row_norms(rows)
-    norms: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
-    return norms
+    dtype = torch.float64 if wide or weight.dtype == torch.float64 else torch.float32
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=dtype)
+    return norms.double()
 
 
-def _row_error(difference: Tensor, size: Tensor, spec: WeightSpec) -> float:
+def _sizes(weight: Tensor, spec: WeightSpec) -> tuple[Tensor, bool]:
+    """The norm of every unit, and whether float32 could not hold the squares of what matters beside them."""
+    size = _row_norms(weight, spec, wide=False)
+    least, largest = map(float, torch.aminmax(size)) if size.numel() else (1.0, 1.0)
+    if least >= _COMFORTABLE and largest <= 1 / _COMFORTABLE:
+        return size, False
+    return _row_norms(weight, spec), True
+
+
+def _row_error(difference: Tensor, size: Tensor, spec: WeightSpec, wide: bool) -> float:
     """Largest ‖difference‖ of a unit over its ``size``; infinite where the difference is NaN or Inf."""
     try:
-        error = _row_norms(difference, spec)
+        error = _row_norms(difference, spec, wide)
     except NonFiniteError:
         return math.inf
-    worst = torch.where(error == 0, 0.0, error / size.clamp_min(_floor(spec.dtype))).amax()
-    return float(worst.nan_to_num(math.inf))
+    if not error.numel():
+        return 0.0
+    ratio = error / size
+    if wide:  # zero rows that came back as such, and norms that no float32 holds to full precision
+        ratio = torch.where(error == 0, 0.0, error / size.clamp_min(_floor(spec.dtype)))
+    worst = float(ratio.amax())
+    return worst if math.isfinite(worst) else math.inf

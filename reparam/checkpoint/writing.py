@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import threading
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -47,16 +48,16 @@ def file_size(entries: Entries, metadata: Mapping[str, str]) -> int:
 
 
 class SafetensorsWriter:
-    """Write every byte of every entry exactly once, in any order and from any thread.
+    """Write every byte of every entry exactly once, in any order.
 
-    ``close`` checks that, and that the bytes are on disk.
+    ``close`` checks that, and that the bytes are on disk. A forked process may write too; what it wrote it has to tell
+    the process that closes (:meth:`taken`, :meth:`count`).
     """
 
     def __init__(self, path: Path, entries: Entries, metadata: Mapping[str, str]) -> None:
         self._entries = entries
         header, self._places = header_of(entries, metadata)
-        self._missing = {key: size for key, (_, size) in self._places.items()}
-        self._lock = threading.Lock()
+        self._written: Counter[str] = Counter()
         self._file = path.open("xb", buffering=0)
         self._put(0, memoryview(header))
 
@@ -91,8 +92,16 @@ class SafetensorsWriter:
         offset, size = self._places[key]
         assert at + len(data) <= size, (key, at, len(data), size)
         self._put(offset + at, data)
-        with self._lock:
-            self._missing[key] -= len(data)
+        self._written[key] += len(data)
+
+    def taken(self) -> Counter[str]:
+        """Bytes written of every entry since this was last asked, which no longer count as written here."""
+        written, self._written = self._written, Counter()
+        return written
+
+    def count(self, written: Counter[str]) -> None:
+        """Count as written here what was :meth:`taken` there."""
+        self._written += written
 
     def _put(self, offset: int, data: memoryview) -> None:
         if hasattr(os, "pwrite"):
@@ -100,13 +109,18 @@ class SafetensorsWriter:
                 count = os.pwrite(self._file.fileno(), data, offset)
                 data, offset = data[count:], offset + count
             return
-        with self._lock:  # Windows has one position a file
-            self._file.seek(offset)
-            while data:
-                data = data[self._file.write(data) :]
+        self._file.seek(offset)  # Windows
+        while data:
+            data = data[self._file.write(data) :]
+
+    def flush(self) -> None:
+        """Bring to disk what is written so far, where the system can; a failure is left for ``close`` to meet."""
+        if hasattr(os, "fdatasync"):
+            with contextlib.suppress(OSError):
+                os.fdatasync(self._file.fileno())
 
     def close(self) -> None:
-        unwritten = [key for key, size in self._missing.items() if size]
+        unwritten = [key for key, (_, size) in self._places.items() if self._written[key] != size]
         assert not unwritten, unwritten[:3]
         try:
             os.fsync(self._file.fileno())

@@ -1,0 +1,239 @@
+"""Carrying a plan out: what headers left open is decided by the values, then every file is written.
+
+Both run over tasks, some blocks of one layer each, which worker processes take one by one.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from itertools import zip_longest
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from reparam.checkpoint.layers import Layer
+from reparam.checkpoint.mapping import Block, Fidelity, bias_roles, blocks, map_blocks
+from reparam.checkpoint.metadata import LayerRecord
+from reparam.checkpoint.plan import CONVERTED, FilePlan, Plan, Step, settle_ties
+from reparam.checkpoint.reading import Checkpoint
+from reparam.checkpoint.workers import each
+from reparam.checkpoint.writing import SafetensorsWriter
+from reparam.errors import NonFiniteError, SelectionError
+
+if TYPE_CHECKING:
+    from reparam.checkpoint.converting import Progress
+
+# Blocks of one task: enough that handing it out costs nothing beside it, few enough to keep all workers busy.
+_BLOCKS = 8
+# Seconds between two rounds of bringing to disk what was written so far.
+_FLUSH = 0.05
+# Bytes to write from which on worker processes are worth their start.
+_WORTHWHILE = 1 << 25
+
+
+@dataclass(frozen=True)
+class _Task:
+    """Some blocks of one layer."""
+
+    step: Step
+    parts: tuple[Block, ...]
+
+    @property
+    def record(self) -> LayerRecord:
+        assert self.step.record is not None
+        return self.step.record
+
+
+#: the file of the source whose place is written, and what into it: blocks of a layer, or the copy of a key
+_Job = tuple[Path, _Task | str]
+
+
+class _Source:
+    """Reads a layer's tensors, whole or in blocks of rows."""
+
+    def __init__(self, checkpoint: Checkpoint, layer: Layer) -> None:
+        self._checkpoint, self._layer = checkpoint, layer
+        infos = [checkpoint.tensors[key] for key in layer.tensors.values()]
+        leading = layer.spec.leading
+        self.divisible = all(
+            info.stride is None and info.shape and info.shape[0] and info.shape[0] % leading == 0
+            for info in infos
+        )
+
+    def __call__(self, block: Block) -> dict[str, Tensor]:
+        if block.count == block.leading:
+            return {role: self._checkpoint.tensor(key) for role, key in self._layer.tensors.items()}
+        return {
+            role: self._checkpoint.rows(key, *block.rows(self._checkpoint.tensors[key].shape[0]))
+            for role, key in self._layer.tensors.items()
+        }
+
+
+def decide(plan: Plan, exact: bool) -> Plan:
+    """Settle what headers cannot tell: whether λ is usable, and with ``exact`` whether a layer comes back exactly.
+
+    Raises:
+        NonFiniteError: a weight or bias is NaN or Inf.
+        SelectionError: nothing is left to convert.
+    """
+    checkpoint = plan.checkpoint
+    parallel = checkpoint.nbytes >= _WORTHWHILE
+
+    def role(task: _Task) -> set[str]:
+        with _naming(checkpoint, task.step.layer):
+            return bias_roles(task.step.layer, task.record, task.parts, _Source(checkpoint, task.step.layer))
+
+    def trial(task: _Task) -> Fidelity:
+        with _naming(checkpoint, task.step.layer):
+            source = _Source(checkpoint, task.step.layer)
+            return map_blocks(task.step.layer, task.record, task.parts, source, lambda block, tensors: None)
+
+    steps = {step.layer.key: step for step in plan.steps}
+    kept_plain = set()
+    tasks = _tasks(checkpoint, [s for s in plan.steps if s.record is not None and s.record.bias == "lambda_"])
+    for i, roles in each(role, tasks, parallel):
+        if "bias" in roles:
+            kept_plain.add(tasks[i].step.layer.key)
+    for key in kept_plain:
+        record = steps[key].record
+        assert record is not None
+        steps[key] = replace(steps[key], record=replace(record, bias="bias"))
+    if exact:
+        found: dict[str, Fidelity] = {}
+        mapped = [s for s in steps.values() if s.record is not None and s.record.kind != "sp"]
+        tasks = _tasks(checkpoint, mapped)
+        for i, fidelity in each(trial, tasks, parallel):
+            key = tasks[i].step.layer.key
+            found[key] = found.get(key, Fidelity()) + fidelity
+        for key, fidelity in found.items():
+            if count := fidelity.inexact + fidelity.bias_inexact:
+                steps[key] = steps[key].skip(f"--exact: {count} values would not come back bit for bit")
+    if not any(step.status == CONVERTED for step in steps.values()):
+        raise SelectionError(
+            f"{checkpoint.path}: --exact leaves nothing to convert; try --theta-dtype float64"
+        )
+    return replace(plan, steps=settle_ties(tuple(steps.values())))
+
+
+def write(
+    checkpoint: Checkpoint,
+    files: Mapping[Path, FilePlan],
+    places: Mapping[Path, Path],
+    progress: Progress | None,
+) -> dict[str, Fidelity]:
+    """Write every file of a plan.
+
+    Args:
+        checkpoint: the source.
+        files: by the source file each takes the place of.
+        places: where each is written; folders are made.
+        progress: told of every task done.
+
+    Returns:
+        By layer key, how exactly each converted layer gives the source back.
+
+    Raises:
+        NonFiniteError: a weight or bias is NaN or Inf.
+        CheckFailedError: what was written does not give the source back.
+    """
+    fidelity: dict[str, Fidelity] = {}
+    total, done = sum(file.nbytes for file in files.values()), 0
+    with ExitStack() as stack:
+        writers = {}
+        for source, file in files.items():
+            places[source].parent.mkdir(parents=True, exist_ok=True)
+            writer = SafetensorsWriter(places[source], file.entries, file.metadata)
+            writers[source] = stack.enter_context(writer)
+        # Copies first: the largest are single tasks, and would keep one worker busy at the end. Files take turns:
+        # a system lets only one process at a time write into a file.
+        per_file: list[list[_Job]] = [
+            [*((source, key) for key in file.copies), *((source, t) for t in _tasks(checkpoint, file.steps))]
+            for source, file in files.items()
+        ]
+        tasks = [task for turn in zip_longest(*per_file) for task in turn if task is not None]
+
+        def run(item: _Job) -> tuple[Counter[str], Fidelity]:
+            source, task = item
+            if isinstance(task, str):
+                writers[source].write_blocks(task, checkpoint.blocks(files[source].copies[task]))
+                return writers[source].taken(), Fidelity()
+            with _naming(checkpoint, task.step.layer):
+                found = _map(checkpoint, task, writers[source], files[source].entries)
+            return writers[source].taken(), found
+
+        stack.enter_context(_flushing(list(writers.values())))
+        for i, (written, found) in each(run, tasks, total >= _WORTHWHILE):
+            source, task = tasks[i]
+            writers[source].count(written)
+            done += sum(written.values())
+            if isinstance(task, _Task):
+                key, name = task.step.layer.key, task.step.layer.name
+                fidelity[key] = fidelity.get(key, Fidelity()) + found
+            else:
+                name = task
+            if progress is not None:
+                progress(done, total, name)
+    return fidelity
+
+
+def _tasks(checkpoint: Checkpoint, steps: Sequence[Step]) -> list[_Task]:
+    """All blocks of all layers."""
+    tasks = []
+    for step in steps:
+        parts = blocks(step.layer.spec, _Source(checkpoint, step.layer).divisible)
+        tasks += [_Task(step, tuple(parts[i : i + _BLOCKS])) for i in range(0, len(parts), _BLOCKS)]
+    return tasks
+
+
+def _map(
+    checkpoint: Checkpoint,
+    task: _Task,
+    writer: SafetensorsWriter,
+    entries: Mapping[str, tuple[str, tuple[int, ...]]],
+) -> Fidelity:
+    # A tied layer's weight tensors are not in the plan: they are written once, with their owner.
+    keys = {role: key for role, (key, _, _) in task.step.outputs().items() if key in entries}
+
+    def put(block: Block, tensors: dict[str, Tensor]) -> None:
+        for role, key in keys.items():
+            if block.count == block.leading:
+                writer.write(key, tensors[role])
+            else:
+                writer.write_rows(key, block.rows(entries[key][1][0])[0], tensors[role])
+
+    return map_blocks(task.step.layer, task.record, task.parts, _Source(checkpoint, task.step.layer), put)
+
+
+@contextmanager
+def _flushing(writers: Sequence[SafetensorsWriter]) -> Iterator[None]:
+    """Meanwhile have what is written brought to disk, so that not all of it has to wait for the end."""
+    done = threading.Event()
+
+    def flush() -> None:
+        while not done.wait(_FLUSH):
+            for writer in writers:
+                writer.flush()
+
+    thread = threading.Thread(target=flush, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+@contextmanager
+def _naming(checkpoint: Checkpoint, layer: Layer) -> Iterator[None]:
+    """A bad value met within is reported with the file and the layer."""
+    try:
+        yield
+    except NonFiniteError as error:
+        raise NonFiniteError(
+            f"{checkpoint.path}: '{layer.weight_key}' holds {error}: mend it, or --exclude {layer.name}"
+        ) from error
