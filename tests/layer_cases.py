@@ -2,52 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from transformers.pytorch_utils import Conv1D
 
 FORMS = ("gmp", "wn", "unit")
 
 Shapes = tuple[tuple[int, ...], ...]
 
-
-class Conv1D(nn.Module):
-    """transformers.pytorch_utils.Conv1D, line for line: a linear layer whose weight is (in, out)."""
-
-    __module__ = "transformers.pytorch_utils"
-
-    def __init__(self, nf: int, nx: int) -> None:
-        super().__init__()
-        self.nf = nf
-        self.nx = nx
-        self.weight = nn.Parameter(torch.empty(nx, nf))
-        self.bias = nn.Parameter(torch.zeros(nf))
-        nn.init.normal_(self.weight, std=0.02)
-
-    def __repr__(self) -> str:
-        return "Conv1D(nf={nf}, nx={nx})".format(**self.__dict__)
-
-    def forward(self, x: Tensor) -> Tensor:
-        size_out = (*x.size()[:-1], self.nf)
-        x = torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight)
-        return x.view(size_out)
-
-
-def stand_in() -> None:
-    """Pickles look the class up where transformers has it; the real one is left alone where it is installed."""
-    if "transformers.pytorch_utils" not in sys.modules:
-        module = ModuleType("transformers.pytorch_utils")
-        module.Conv1D = Conv1D
-        sys.modules.setdefault("transformers", ModuleType("transformers"))
-        sys.modules["transformers.pytorch_utils"] = module
-
-
-stand_in()
 
 #: layers with one weight, each with the shape of its input
 SINGLE: dict[str, tuple[Callable[[], nn.Module], Shapes]] = {
