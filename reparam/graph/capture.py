@@ -6,11 +6,13 @@ A capture only looks: rules change modules in place on a copy of the user's mode
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import fx, nn
 
-from reparam.layers import Reparameterized
-from reparam.layers.kinds import KINDS
+from reparam.errors import ReparamError
+from reparam.layers import Reparameterized, layer_class
 
 
 @dataclass(frozen=True)
@@ -78,20 +80,42 @@ def capture(model: nn.Module) -> Capture:
 
 
 class _Tracer(fx.Tracer):
+    # Buffers a forward pass reads are nodes like parameters, not constants with their values.
+    proxy_buffer_attributes = True
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        # Nodes know nothing of the contexts they were made in.
+        if not torch.is_grad_enabled() or torch._C._is_any_autocast_enabled():
+            raise ReparamError(
+                "its forward pass switches gradients off or autocast on, which a graph does not hold"
+            )
+        return super().create_node(*args, **kwargs)
+
+    def create_arg(self, a: Any) -> Any:
+        # torch.fx would write it into the model, as a constant: a weight composed while tracing, a random draw.
+        if isinstance(a, torch.Tensor) and not isinstance(a, nn.Parameter):
+            known = a in self.tensor_attrs or any(a is buffer for buffer in self.root.buffers())
+            if not known:
+                raise ReparamError("its forward pass uses a tensor that is no input, parameter or buffer")
+        return super().create_arg(a)
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return (
             isinstance(m, Reparameterized)
-            or type(m) in KINDS
+            or layer_class("gmp", type(m)) is not None
             or super().is_leaf_module(m, module_qualified_name)
         )
 
 
 def _trace(model: nn.Module, training: bool) -> fx.Graph:
     """The graph in one mode; every module's own mode is restored."""
+    if "forward" in model.__dict__:
+        raise ReparamError("its forward pass was replaced by an attribute")
     modes = {module: module.training for module in model.modules()}
     try:
         model.train(training)
-        return _Tracer().trace(model)
+        with torch.enable_grad(), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            return _Tracer().trace(model)
     finally:
         for module, mode in modes.items():
             module.training = mode

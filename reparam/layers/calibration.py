@@ -27,22 +27,29 @@ def calibrate(model: nn.Module) -> Iterator[None]:
     not reached keeps its mean; if the block raises, all do.
 
     Raises:
-        ReparamError: a layer is in training mode, where its outputs depend on the batch.
+        ReparamError: a layer is in training mode, where its outputs depend on the batch; or saw values whose mean is
+            not finite.
     """
     counted: dict[Reparameterized, _Mean] = {}
+    names: dict[Reparameterized, str] = {}
     handles = []
     for name, layer in model.named_modules():
         if not isinstance(layer, Reparameterized) or layer.mean is None:
             continue
         if layer.training:
             raise ReparamError(f"`{name}` is in training mode: call model.eval() before calibrating")
-        counted[layer] = _Mean(layer.kind.channel)
+        counted[layer], names[layer] = _Mean(layer.kind.channel), name
         handles.append(layer.register_forward_hook(_count(counted[layer], layer.mean.kind), prepend=True))
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+    for layer, mean in counted.items():
+        if not mean.sum.isfinite().all():
+            raise ReparamError(
+                f"`{names[layer]}` saw values whose mean is not finite: look for NaN in the data"
+            )
     for layer, mean in counted.items():
         if mean.count:
             layer.set_mean(mean.sum / mean.count)

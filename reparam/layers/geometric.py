@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import handle_torch_function, has_torch_function
 
 from reparam.dtypes import torch_dtype
 from reparam.kernels.operator import compose_rows
@@ -51,3 +52,18 @@ class GeometricForm(Form):
 
     def units_scale(self, tensors: Mapping[str, Tensor], spec: WeightSpec) -> Tensor | None:
         return tensors["r"]
+
+
+def scale_units(x: Tensor, scale: Tensor, channel: int) -> Tensor:
+    """Multiply every unit of an activation by its scale: the r that stands after φ.
+
+    torch.fx sees one operation. Where autocast made ``x`` narrower than the scale, the result has its dtype.
+
+    Args:
+        x: units on the axis ``channel``.
+        scale: shape (units,).
+        channel: axis of the units, from the end: −1, or before the spatial axes.
+    """
+    if has_torch_function((x, scale)):
+        return handle_torch_function(scale_units, (x, scale), x, scale, channel)
+    return x * scale.to(x.dtype).reshape(-1, *(1,) * (-1 - channel))

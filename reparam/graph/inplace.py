@@ -1,0 +1,69 @@
+"""Changing a module where it stands: whether nobody else would notice, and turning it into another.
+
+A rule that rewrites the values of a layer is right only if the graph holds every use of those values: one call, no other
+module with the same parameters, no code that reads them by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from reparam.graph.capture import Capture
+from reparam.layers import Reparameterized
+
+
+def fixed(captured: Capture, module: nn.Module) -> str | None:
+    """Why the values of a called module must not be changed, None where they may be.
+
+    Args:
+        captured: with a graph.
+        module: one of its modules that has a weight, plain or reparameterized.
+    """
+    name = named(captured, module)
+    calls = len(captured.calls(module))
+    if calls != 1:
+        return f"{name} is called {calls} times" if calls else f"{name} is never called"
+    if captured.reads(module):
+        return f"the parameters of {name} are also read outside of its call"
+    if parametrize.is_parametrized(module):
+        return f"{name} is parametrized by torch: call torch.nn.utils.parametrize.remove_parametrizations"
+    if not isinstance(module, Reparameterized) and _computed(module):
+        return (
+            f"the weight of {name} is computed by a hook of torch.nn.utils (weight norm, spectral norm, pruning): "
+            "remove it first"
+        )
+    others = sharers(captured.model, module, module.parameters())
+    return f"{name} shares parameters with {others}" if others else None
+
+
+def sharers(model: nn.Module, module: nn.Module, parameters: Iterable[nn.Parameter]) -> str:
+    """Which other modules hold one of these parameters of ``module``, for a message; empty if none does."""
+    own, inside = {id(p) for p in parameters}, set(module.modules())
+    return ", ".join(
+        f"`{name}`" if name else "the model itself"
+        for name, other in model.named_modules()
+        if other not in inside and any(id(p) in own for p in other.parameters(recurse=False))
+    )
+
+
+def become(module: nn.Module, new: nn.Module) -> None:
+    """Turn ``module`` into ``new``: whoever holds it, under whatever name and in whatever list, then holds ``new``.
+
+    ``new`` itself must not be used any more.
+    """
+    module.__class__ = new.__class__
+    module.__dict__.clear()
+    module.__dict__.update(new.__dict__)
+
+
+def named(captured: Capture, module: nn.Module) -> str:
+    """The module's first name, quoted for a message."""
+    return f"`{captured.names(module)[0]}`"
+
+
+def _computed(module: nn.Module) -> bool:
+    """Whether ``weight`` is an attribute that something writes before each call (a module may well have none)."""
+    return "weight" not in module._parameters and isinstance(module.__dict__.get("weight"), Tensor)
