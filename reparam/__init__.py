@@ -19,7 +19,7 @@ if TYPE_CHECKING:
         save_state_dict,
     )
     from reparam.errors import CheckFailedError, ReparamError
-    from reparam.graph import fold
+    from reparam.graph import Outcome, convert, fold
     from reparam.pipeline import export_onnx, finetune
 
 __version__ = "0.1.0"
@@ -29,6 +29,8 @@ _HOMES = {
     "ConversionReport": "reparam.checkpoint",
     "Inspection": "reparam.checkpoint",
     "ReparamError": "reparam.errors",
+    "Outcome": "reparam.graph",
+    "convert": "reparam.graph",
     "convert_checkpoint": "reparam.checkpoint",
     "export_onnx": "reparam.pipeline",
     "finetune": "reparam.pipeline",
@@ -42,7 +44,9 @@ __all__ = [
     "CheckFailedError",
     "ConversionReport",
     "Inspection",
+    "Outcome",
     "ReparamError",
+    "convert",
     "convert_checkpoint",
     "export_onnx",
     "finetune",

@@ -12,8 +12,8 @@ from graph_cases import randomized
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from reparam.graph.exchange import replace_modules
 from reparam.graph.outcome import Outcome
-from reparam.graph.swap import replace_modules
 from reparam.layers import Reparameterized, layer_class
 
 MODELS = Path(__file__).parent.parent / "examples" / "models"

@@ -18,7 +18,7 @@ from reparam import pipeline
 from reparam.checkpoint import convert_checkpoint, load_state_dict
 from reparam.errors import ArchitectureError, CheckFailedError, DataError, OutputError, ReparamError
 from reparam.graph import fold
-from reparam.graph.swap import replace_modules
+from reparam.graph.exchange import replace_modules
 from reparam.layers import GmPConv2d
 from reparam.training import Dataset, Recipe, accuracy, finetune, load_dataset
 

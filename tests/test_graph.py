@@ -12,7 +12,7 @@ from torch import nn
 from reparam.checkpoint.metadata import LayerRecord
 from reparam.errors import ArchitectureError
 from reparam.graph import apply_records, fold, load_architecture, load_into
-from reparam.graph.swap import replace_modules
+from reparam.graph.exchange import replace_modules
 from reparam.layers import LAYERS, GeometricMixin, GmPConv2d, GmPLinear
 
 EXACT = 1e-12

@@ -30,7 +30,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from reparam.graph import fold
-from reparam.graph.swap import replace_modules
+from reparam.graph.exchange import replace_modules
 from reparam.layers import Reparameterized, layer_class
 
 EXACT = 1e-12  # of each output's scale

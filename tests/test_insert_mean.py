@@ -15,9 +15,9 @@ from examples.models.conv_vae import ConvVAE
 from examples.models.draw import draw
 from reparam.errors import ReparamError
 from reparam.graph import fold
+from reparam.graph.exchange import replace_modules
 from reparam.graph.rules.batch_norm import fold_batch_norms
 from reparam.graph.rules.mean_norm import calibrate_means, insert_means
-from reparam.graph.swap import replace_modules
 from reparam.layers import Reparameterized, layer_class
 
 #: means and products of several hundred float64 numbers

@@ -16,7 +16,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.utils.checkpoint import checkpoint
 
 from reparam.graph import fold
-from reparam.graph.swap import replace_modules
+from reparam.graph.exchange import replace_modules
 from reparam.layers import Reparameterized, layer_class
 
 EXACT = 1e-12

@@ -18,7 +18,7 @@ from collections.abc import Iterable
 
 #: how each ``--layout`` of weight normalization is called on the command line
 WEIGHT_NORM_DIALECTS = ("weight_norm", "parametrizations", "clip-gmp")
-DEFAULT_DIALECT = {"sp": "plain", "wn": "weight_norm", "gmp": "gmp"}
+DEFAULT_DIALECT = {"sp": "plain", "wn": "weight_norm", "gmp": "gmp", "unit": "weight_norm"}
 #: roles whose tensors are the layer's weight; the rest is its bias
 WEIGHT_ROLES = frozenset({"weight", "weight_g", "weight_v", "r", "theta"})
 

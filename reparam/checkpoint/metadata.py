@@ -4,7 +4,9 @@
      "groups": 1, "fan_in": 27, "bias": "lambda_", "bias_shape": [16], "bias_dtype": "F32", "stored": "F32",
      "theta_origin": "equator"}}}
 
-The key of a layer is the key its plain weight has in a state_dict.
+The key of a layer is the key its plain weight has in a state_dict. What a graph rule did to a layer stands beside it:
+"scale": "outside" (after the activation), "mean": "mn" or "mbn" with its "momentum", "gained_bias": true (the plain
+layer has none), "batch_norm": the module that was folded in. Such a file needs its network again to be converted.
 """
 
 from __future__ import annotations
@@ -31,11 +33,30 @@ class LayerRecord:
         kind: name of its parameterization.
         spec: its plain weight and bias.
         bias: role its bias is kept under ("bias" or "lambda_"), None for a layer without.
+        scale_outside: its scale stands after the activation.
+        mean: its mean normalization, "mn" or "mbn", None without.
+        momentum: of the running mean.
+        gained_bias: mean normalization gave it the bias.
+        batch_norm: name of the batch norm that was folded into it, None without.
     """
 
     kind: str
     spec: WeightSpec
     bias: str | None
+    scale_outside: bool = False
+    mean: str | None = None
+    momentum: float = 0.01
+    gained_bias: bool = False
+    batch_norm: str | None = None
+
+    @property
+    def rewritten(self) -> str | None:
+        """What was done to the layer that its tensors alone do not undo, None if nothing was."""
+        if self.scale_outside:
+            return "its scale stands after the activation"
+        if self.mean is not None:
+            return "its mean is normalized"
+        return None if self.batch_norm is None else f"the batch norm {self.batch_norm} is folded into it"
 
     def to_json(self) -> dict[str, Any]:
         spec = self.spec
@@ -53,6 +74,14 @@ class LayerRecord:
             record |= {"bias": self.bias, "bias_shape": list(spec.bias_shape), "bias_dtype": spec.bias_dtype}
         if self.kind == "gmp":
             record["theta_origin"] = spec.theta_origin
+        if self.scale_outside:
+            record["scale"] = "outside"
+        if self.mean is not None:
+            record |= {"mean": self.mean, "momentum": self.momentum}
+        if self.gained_bias:
+            record["gained_bias"] = True
+        if self.batch_norm is not None:
+            record["batch_norm"] = self.batch_norm
         return record
 
 
@@ -99,8 +128,13 @@ def _record(value: dict[str, Any]) -> LayerRecord:
         stored=value["stored"],
         theta_origin=value.get("theta_origin", "equator"),
     )
-    if value["kind"] == "sp" or PARAMETERIZATIONS[value["kind"]].needs_graph:
+    batch_norm, mean, scale = value.get("batch_norm"), value.get("mean"), value.get("scale", "inside")
+    if value["kind"] not in PARAMETERIZATIONS or (value["kind"] == "sp" and batch_norm is None):
         raise ValueError(f"kind {value['kind']!r}")
+    if mean not in (None, "mn", "mbn") or scale not in ("inside", "outside"):
+        raise ValueError(f"mean {mean!r}, scale {scale!r}")
+    if not isinstance(batch_norm, (str, type(None))):
+        raise ValueError(f"batch_norm {batch_norm!r}")
     if bias not in (None, "bias", "lambda_") or spec.theta_origin not in ("equator", "pole"):
         raise ValueError(f"bias {bias!r}, theta_origin {spec.theta_origin!r}")
     if spec.dtype not in FLOATING or spec.stored not in ("F32", "F64"):
@@ -111,7 +145,16 @@ def _record(value: dict[str, Any]) -> LayerRecord:
         raise ValueError(f"axis {spec.unit.axis}, groups {spec.unit.groups}, fan_in {value['fan_in']}")
     if spec.bias_shape is not None and math.prod(spec.bias_shape) != spec.units:
         raise ValueError(f"bias_shape {list(spec.bias_shape)} of {spec.units} units")
-    return LayerRecord(kind=value["kind"], spec=spec, bias=bias)
+    return LayerRecord(
+        value["kind"],
+        spec,
+        bias,
+        scale == "outside",
+        mean,
+        float(value.get("momentum", 0.01)),
+        value.get("gained_bias") is True,
+        batch_norm,
+    )
 
 
 def _shape(value: list[int]) -> tuple[int, ...]:

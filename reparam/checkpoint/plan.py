@@ -207,6 +207,11 @@ def make_plan(
     if layout is not None and (to != "wn" or layout not in dialects.WEIGHT_NORM_DIALECTS):
         known = ", ".join(dialects.WEIGHT_NORM_DIALECTS)
         raise SelectionError(f"--layout {layout}: one of {known}, and only with --to wn")
+    for key, record in checkpoint.records.items():
+        if record.rewritten is not None:
+            raise SelectionError(
+                f"{checkpoint.path}: '{key}': {record.rewritten}: converting it takes the network, give it with --arch"
+            )
     contents = find_layers(checkpoint, axes)
     selection.check(contents.layers, tuple(axes or ()))
     dialect = layout or dialects.DEFAULT_DIALECT[to]

@@ -18,9 +18,9 @@ from torch import Tensor, fx, nn
 from reparam.errors import ReparamError
 from reparam.graph.capture import Capture, capture
 from reparam.graph.columns import scale_columns
+from reparam.graph.exchange import replace_modules
 from reparam.graph.outcome import Outcome
 from reparam.graph.rewritten import Rewritten
-from reparam.graph.swap import replace_modules
 from reparam.graph.walk import linear_consumers
 from reparam.layers import Reparameterized
 from reparam.layers.geometric import scale_units

@@ -17,6 +17,7 @@ from reparam.layers.mean_norm import (
     BUFFERS,
     MeanNorm,
     evaluation_bias,
+    input_weights,
     insert_mean,
     normalized_forward,
     set_mean,
@@ -90,6 +91,8 @@ class Reparameterized(WideModule):
     def from_records(cls, module: nn.Module, records: Mapping[str, LayerRecord]) -> Self:
         """The layer a file's records, by parameter, describe in place of ``module``: zeros until loaded.
 
+        Its scale stands inside and its mean is not normalized, whatever they say: that takes the network.
+
         Raises:
             ArchitectureError: a record does not fit ``module``; the message does not name the layer.
         """
@@ -102,7 +105,19 @@ class Reparameterized(WideModule):
 
     def records(self) -> dict[str, LayerRecord]:
         """What a file says about this layer, by parameter."""
-        return {name: LayerRecord(self.form.name, h.spec, h.bias_role) for name, h in self.held.items()}
+        normalized = input_weights(self) if self.mean is not None else []
+        return {
+            name: LayerRecord(
+                self.form.name,
+                held.spec,
+                held.bias_role,
+                self.scale_outside,
+                self.mean.kind if self.mean is not None and name in normalized else None,
+                self.mean.momentum if self.mean is not None else 0.01,
+                self.gained_bias and name in normalized,
+            )
+            for name, held in self.held.items()
+        }
 
     def record(self, name: str = "weight") -> LayerRecord:
         """What a file says about one weight."""

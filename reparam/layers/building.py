@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -59,6 +60,8 @@ def build_from_records(cls: type[_Layer], module: nn.Module, records: Mapping[st
     made = {}
     for name, record in records.items():
         weight, bias = _plain(module, name)
+        if record.gained_bias:
+            record = replace(record, spec=replace(record.spec, bias_shape=None, bias_dtype=None), bias=None)
         _check(cls, record, weight, bias, cls.kind.unit(module))
         specs = cls.form.tensors(record.spec, record.bias)
         made[name] = (

@@ -51,7 +51,7 @@ def insert_mean(layer: Reparameterized, mean: MeanNorm) -> None:
     """See :meth:`Reparameterized.normalize_mean`."""
     if mean.kind not in BUFFERS:
         raise ReparamError(f"unknown mean normalization '{mean.kind}': one of {', '.join(BUFFERS)}")
-    names = _input_weights(layer)
+    names = input_weights(layer)
     reason = _refusal(layer, mean, names)
     if reason is not None:
         what = "mean normalization" if mean.kind == "mn" else "the mini-batch mean"
@@ -114,7 +114,7 @@ def running_mean(layer: Reparameterized) -> Tensor:
 
 def evaluation_bias(layer: Reparameterized, name: str, bias: Tensor) -> Tensor:
     """The bias of one weight with the running mean folded in, in float64 or the dtype of ``bias``."""
-    if layer.mean is None or name not in _input_weights(layer):
+    if layer.mean is None or name not in input_weights(layer):
         return bias
     if layer.mean.kind == "mbn":
         return (bias - running_mean(layer)).to(bias.dtype)
@@ -130,7 +130,7 @@ def folded(layer: Reparameterized, name: str) -> tuple[Tensor, Tensor | None]:
     if layer.scale_outside:
         tensors["r"] = torch.ones_like(tensors["r"])
     weight, bias = layer.form.compose(tensors, spec)
-    if layer.mean is None or bias is None or name not in _input_weights(layer):
+    if layer.mean is None or bias is None or name not in input_weights(layer):
         return weight, bias
     mean = running_mean(layer).double()
     return weight, bias.double() - (mean if layer.mean.kind == "mbn" else _project(layer, weight, mean))
@@ -147,7 +147,7 @@ def set_mean(layer: Reparameterized, mean: Tensor) -> None:
     before = running.to(torch.float64, copy=True)
     running.copy_(mean)
     change = running.double() - before
-    for name in _input_weights(layer):
+    for name in input_weights(layer):
         tensors, held = layer.tensors(name), layer.held[name]
         assert held.bias_role is not None
         bias, of_units = tensors[held.bias_role], held.bias_role == "lambda_"
@@ -174,7 +174,7 @@ def _refusal(layer: Reparameterized, mean: MeanNorm, names: list[str]) -> str | 
     return reason
 
 
-def _input_weights(layer: Reparameterized) -> list[str]:
+def input_weights(layer: Reparameterized) -> list[str]:
     """The weights that take the layer's own input."""
     return [n for n in layer.held if n in ("weight", "weight_ih") or n.startswith("weight_ih_l0")]
 

@@ -9,9 +9,8 @@ from torch import Tensor
 
 from reparam.dtypes import torch_dtype
 from reparam.layers.form import Form
-from reparam.parameterizations import TensorSpecs, WeightSpec
-
-EPSILON = 1e-8
+from reparam.parameterizations import WeightSpec
+from reparam.parameterizations.unit_norm import EPSILON
 
 
 class UnitNormForm(Form):
@@ -25,12 +24,6 @@ class UnitNormForm(Form):
     prefix = "Unit"
     wide = frozenset()
 
-    def tensors(self, spec: WeightSpec, bias_role: str | None) -> TensorSpecs:
-        specs: TensorSpecs = {"weight_v": (spec.dtype, spec.shape)}
-        if bias_role is not None:
-            specs["bias"] = spec.bias
-        return specs
-
     def decompose(
         self, weight: Tensor, bias: Tensor | None, spec: WeightSpec, bias_role: str | None = None
     ) -> dict[str, Tensor]:
@@ -43,9 +36,6 @@ class UnitNormForm(Form):
             scale = self.pushed_scale(tensors["weight_v"], spec).reshape(bias.shape)
             tensors["bias"] = (bias.double() / scale).to(torch_dtype(spec.bias_dtype))
         return tensors
-
-    def compose(self, tensors: Mapping[str, Tensor], spec: WeightSpec) -> tuple[Tensor, Tensor | None]:
-        return self.weight(tensors, spec, torch.float64, False), tensors.get("bias")
 
     def weight(
         self, tensors: Mapping[str, Tensor], spec: WeightSpec, dtype: torch.dtype, outside: bool

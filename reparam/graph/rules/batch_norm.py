@@ -32,6 +32,17 @@ _CLASSES: dict[int, tuple[type[nn.Module], ...]] = {
 _DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 
+class FoldedBatchNorm(nn.Identity):
+    """Where a batch norm was before it was folded into the layer of the name ``into``; a graph does not show it."""
+
+    def __init__(self, into: str) -> None:
+        super().__init__()
+        self.into = into
+
+    def extra_repr(self) -> str:
+        return f"into={self.into!r}"
+
+
 def fold_batch_norms(model: nn.Module) -> list[Outcome]:
     """Fold every batch norm that can be, in place.
 
@@ -81,8 +92,9 @@ def _fold(captured: Capture, norm: _BatchNorm) -> Outcome:
             layer.bias = nn.Parameter(bias, requires_grad=decides.requires_grad)
     if norm.training:
         done += ", evaluation statistics used"
-    become(norm, nn.Identity().train(norm.training))
-    return Outcome(RULE, captured.names(layer)[0], True, done)
+    into = captured.names(layer)[0]
+    become(norm, FoldedBatchNorm(into).train(norm.training))
+    return Outcome(RULE, into, True, done)
 
 
 def _layer_before(captured: Capture, norm: _BatchNorm) -> nn.Module | str:

@@ -12,7 +12,7 @@ the scale stands makes no difference: it stays inside.
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Collection, Set
 
 from torch import fx, nn
 
@@ -32,11 +32,12 @@ _MAX_POOLS = {operation for operation, pooled in HOMOGENEOUS.items() if pooled}
 _PASSED = {operation for operation, pooled in LINEAR.items() if not pooled}
 
 
-def place_scales(model: nn.Module) -> tuple[nn.Module, list[Outcome]]:
-    """Place the scale of every GmP layer after its activation where the graph shows one.
+def place_scales(model: nn.Module, names: Collection[str] | None = None) -> tuple[nn.Module, list[Outcome]]:
+    """Place the scale of GmP layers after their activation where the graph shows one.
 
     Args:
         model: changed in place; if a scale was placed, its contents live on in the result alone.
+        names: of the layers, as in ``named_modules``; None for all.
 
     Returns:
         The model, :class:`~reparam.graph.rewritten.Rewritten` if a scale was placed and the argument if not; and one
@@ -47,6 +48,8 @@ def place_scales(model: nn.Module) -> tuple[nn.Module, list[Outcome]]:
     outcomes = []
     for name, layer in model.named_modules():
         if not isinstance(layer, Reparameterized) or layer.form.name != "gmp":
+            continue
+        if names is not None and name not in names:
             continue
         after = whole or _place(captured, layer)
         if isinstance(after, fx.Node):

@@ -1,0 +1,200 @@
+"""Convert a whole model: which layers, by which rules, in which order.
+
+    fold batch norm → swap (or unit norm) → place scales → insert means → calibrate
+
+Every step is a rule that leaves what the model computes in evaluation mode as it is.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Collection, Iterable, Sequence
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+from torch import fx, nn
+
+from reparam.checkpoint.selection import SKIPPED_BY_NAME
+from reparam.errors import SelectionError
+from reparam.graph.capture import Capture, capture
+from reparam.graph.folding import fold
+from reparam.graph.outcome import Outcome
+from reparam.graph.rules import swap
+from reparam.graph.rules.batch_norm import fold_batch_norms
+from reparam.graph.rules.mean_norm import calibrate_means, insert_means
+from reparam.graph.rules.scale import place_scales
+from reparam.graph.rules.unit_norm import unit_norms
+from reparam.layers import Reparameterized
+from reparam.layers.kinds import KINDS
+
+TARGETS = ("sp", "wn", "gmp", "unit")
+#: what ``mean_norm=True`` means: GmP+MN, WN+MBN as in the papers
+_MEANS: dict[str, Literal["mn", "mbn"]] = {"gmp": "mn", "wn": "mbn", "unit": "mn"}
+
+
+def convert(
+    model: nn.Module,
+    to: str = "gmp",
+    *,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    select: Callable[[str, nn.Module], bool] | None = None,
+    fold_bn: bool = False,
+    mean_norm: bool | Literal["mn", "mbn"] = False,
+    momentum: float = 0.01,
+    calibrate: Iterable[Any] | None = None,
+    scale: Literal["outside", "inside"] = "outside",
+    report: list[Outcome] | None = None,
+) -> nn.Module:
+    """A copy of a trained model in another parameterization that computes the same in evaluation mode.
+
+    Layers that are reparameterized already are folded first. The copy keeps every module's training mode; folding
+    batch norms uses their running statistics whatever it is, and the report says so.
+
+    Args:
+        model: not changed.
+        to: "gmp", "wn", "unit" or "sp".
+        include, exclude: globs over layer names; by default all layers but the output layer, where torch.fx can trace
+            the model, and all but usual names of heads and embeddings where it cannot.
+        select: takes the name and the module of a layer, and says whether it is converted; instead of the default.
+        fold_bn: fold batch norms into the layers before them first.
+        mean_norm: normalize means: "mn" of each input channel, "mbn" of each unit's pre-activation; True for "mn" with
+            GmP and unit norm and "mbn" with WN, as in the papers.
+        momentum: of the running means, in torch's convention.
+        calibrate: batches that set the running means: tensors, tuples of inputs, or dicts of named ones.
+        scale: "outside" places the scale of GmP after its activation where the graph shows a positively homogeneous
+            one, which gives the model a class of its own with a generated forward pass; "inside" keeps its class.
+        report: gains an :class:`Outcome` for every rule at every layer.
+
+    Raises:
+        SelectionError: nothing is converted, an option does not fit, or a glob matches no layer.
+        NonFiniteError: a weight is NaN or Inf.
+        ReparamError: calibration has no or unusable data.
+    """
+    outcomes = [] if report is None else report
+    kind = _check(to, mean_norm, calibrate, scale)
+    if any(isinstance(module, Reparameterized) for module in model.modules()):
+        copied = fold(model, outcomes)
+    else:
+        copied = copy.deepcopy(model)
+    if fold_bn:
+        outcomes += fold_batch_norms(copied)
+    if to == "sp":
+        if not any(outcome.applied for outcome in outcomes):
+            raise SelectionError(
+                f"{type(model).__name__} holds plain weights already: nothing to convert to sp"
+            )
+        return copied
+    names = _choose(copied, to, include, exclude, select, outcomes)
+    done = unit_norms(copied, names) if to == "unit" else swap.swap_layers(copied, to, names)
+    outcomes += done
+    converted = [outcome.layer for outcome in done if outcome.applied]
+    if not converted:
+        reasons = "; ".join(f"{o.layer}: {o.why}" for o in [*outcomes, *done][:3])
+        raise SelectionError(f"nothing of {type(model).__name__} can be converted to {to}: {reasons}")
+    if to == "gmp" and scale == "outside":
+        copied, placed = place_scales(copied, converted)
+        outcomes += placed
+    if kind is not None:
+        outcomes += insert_means(copied, kind, converted, momentum)
+    if calibrate is not None:
+        outcomes += calibrate_means(copied, calibrate)
+    return copied
+
+
+def _check(
+    to: str, mean_norm: bool | str, calibrate: Iterable[Any] | None, scale: str
+) -> Literal["mn", "mbn"] | None:
+    """The mean normalization that is asked for."""
+    if to not in TARGETS:
+        raise SelectionError(f"to {to!r}: one of {', '.join(TARGETS)}")
+    if scale not in ("outside", "inside"):
+        raise SelectionError(f"scale {scale!r}: outside or inside")
+    kind = None
+    if mean_norm:
+        if to == "sp":
+            raise SelectionError("mean normalization is part of wn, gmp or unit: plain weights have none")
+        kind = _MEANS[to] if mean_norm is True else mean_norm
+        if kind not in ("mn", "mbn"):
+            raise SelectionError(f"mean_norm {mean_norm!r}: mn or mbn")
+    if calibrate is not None and kind is None:
+        raise SelectionError("calibration sets the running means of mean normalization: ask for that too")
+    return kind  # type: ignore[return-value]
+
+
+def _choose(
+    model: nn.Module,
+    to: str,
+    include: Sequence[str],
+    exclude: Sequence[str],
+    select: Callable[[str, nn.Module], bool] | None,
+    outcomes: list[Outcome],
+) -> list[str]:
+    """Names of the layers to convert; an outcome for each that was left out."""
+    layers = {name: m for name, m in model.named_modules() if swap.unfit(m, to) is None}
+    for option, globs in (("include", include), ("exclude", exclude)):
+        for glob in globs:
+            if not any(fnmatchcase(name, glob) for name in layers):
+                some = ", ".join(list(layers)[:3])
+                raise SelectionError(f"{option} {glob}: matches no layer (there are {some}, …)")
+    captured = capture(model)
+    outputs = output_layers(captured, layers.values())
+    if captured.untraceable is not None and select is None and not include:
+        outcomes.append(
+            Outcome("graph", "", False, f"{captured.untraceable}: layers are chosen by their names")
+        )
+    chosen = []
+    for name, module in layers.items():
+        against = _against(name, module, include, exclude, select, captured, outputs)
+        if against is None:
+            chosen.append(name)
+        else:
+            outcomes.append(Outcome(swap.RULE, name, False, against))
+    outcomes += [
+        Outcome(swap.RULE, name, False, reason)
+        for name, module in model.named_modules()
+        if any(isinstance(module, plain) for plain in KINDS)
+        and (reason := swap.unfit(module, to)) is not None
+    ]
+    return chosen
+
+
+def _against(
+    name: str,
+    module: nn.Module,
+    include: Sequence[str],
+    exclude: Sequence[str],
+    select: Callable[[str, nn.Module], bool] | None,
+    captured: Capture,
+    outputs: Collection[nn.Module],
+) -> str | None:
+    """Why a layer is not taken; None if it is."""
+    if glob := next((glob for glob in exclude if fnmatchcase(name, glob)), None):
+        return f"exclude {glob}"
+    if include:
+        return None if any(fnmatchcase(name, glob) for glob in include) else "no include matches"
+    if select is not None:
+        return None if select(name, module) else "not selected"
+    if captured.graph is not None:
+        return "output layer" if module in outputs else None
+    if callable(head := getattr(captured.model, "get_output_embeddings", None)) and head() is module:
+        return "output layer, says the model"
+    glob = next((glob for glob in SKIPPED_BY_NAME if fnmatchcase(name, glob)), None)
+    return None if glob is None else f"name is on the default list ({glob})"
+
+
+def output_layers(captured: Capture, layers: Iterable[nn.Module]) -> set[nn.Module]:
+    """The layers whose result reaches an output of the network through no other layer; none without a graph."""
+    known, found, seen = set(layers), set(), set()
+    todo: list[fx.Node] = [node for node in captured.nodes() if node.op == "output"]
+    while todo:
+        node = todo.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        module = captured.module(node)
+        if module in known and module is not None:
+            found.add(module)
+        else:
+            todo += node.all_input_nodes
+    return found

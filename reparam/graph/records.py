@@ -1,0 +1,177 @@
+"""A model as a file's records describe it, and the records that describe a model.
+
+conv1: Conv2d(weight)   --record conv1.weight: gmp-->   conv1: GmPConv2d(r, theta)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from reparam.checkpoint import dialects
+from reparam.checkpoint.metadata import LayerRecord
+from reparam.dtypes import code_of
+from reparam.errors import ArchitectureError
+from reparam.graph.exchange import replace_modules
+from reparam.graph.outcome import Outcome
+from reparam.graph.rewritten import Rewritten
+from reparam.graph.rules.batch_norm import FoldedBatchNorm
+from reparam.graph.rules.mean_norm import insert_means
+from reparam.graph.rules.scale import place_scales
+from reparam.graph.rules.swap import share
+from reparam.layers import Reparameterized, layer_class
+from reparam.layers.kinds import KINDS, weight_names
+from reparam.parameterizations import WeightSpec
+
+
+def records_of(model: nn.Module) -> dict[str, LayerRecord]:
+    """How a file is to describe a model's layers, by the key of their plain weight; plain layers need no record.
+
+    Raises:
+        ArchitectureError: the model computes what its layers and their order do not tell: signs that a fold left.
+    """
+    if isinstance(model, Rewritten) and any(name.rstrip("_").endswith("_sign") for name in model._buffers):
+        raise ArchitectureError(
+            "a negative r before what is not linear left a multiplication that only ONNX can hold: export it, or keep "
+            "the reparameterized file"
+        )
+    modules = dict(model.named_modules(remove_duplicate=False))
+    norms = {m.into: name for name, m in modules.items() if isinstance(m, FoldedBatchNorm)}
+    records = {}
+    for name, module in modules.items():
+        if isinstance(module, Reparameterized):
+            for parameter, record in module.records().items():
+                records[dialects.join(name, parameter)] = replace(record, batch_norm=norms.get(name))
+        elif name in norms:
+            records[dialects.join(name, "weight")] = _plain_record(module, norms[name])
+    return records
+
+
+def apply_records(model: nn.Module, records: Mapping[str, LayerRecord]) -> nn.Module:
+    """A copy of ``model`` whose recorded layers are ready for the file's tensors.
+
+    Args:
+        model: the plain architecture; not changed.
+        records: by the key of the plain weight ("conv1.weight"), as a checkpoint gives them.
+
+    Returns:
+        The copy. Replaced layers hold zeros until tensors are loaded; a layer used under two names stays one, and
+        layers that shared a weight share it.
+
+    Raises:
+        ArchitectureError: a record for a layer the architecture lacks, of another shape, or of a kind no
+            layer class holds; or what was done to a layer cannot be done to the architecture's.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    chosen: dict[int, dict[str, tuple[str, LayerRecord]]] = {}
+    for key, record in records.items():
+        name, parameter = dialects.split(key)
+        module = modules.get(name)
+        if module is None:
+            raise ArchitectureError(
+                f"`{key}`: the file holds this layer, {type(model).__name__} does not: is the architecture "
+                "the one it was trained with?"
+            )
+        if record.kind == "sp":
+            continue
+        if layer_class(record.kind, type(module)) is None or parameter not in weight_names(module):
+            held = f"the `{parameter}` of {type(module).__name__}"
+            raise ArchitectureError(
+                f"`{key}`: no {record.kind} layer for {held} yet: "
+                "`reparam convert` the file back with --to sp, or leave this layer out with --exclude"
+            )
+        others = chosen.setdefault(id(module), {})
+        if any(other.kind != record.kind for _, other in others.values()):
+            raise ArchitectureError(
+                f"`{key}`: {record.kind} beside another parameterization in one {type(module).__name__}: "
+                "`reparam convert` the file to one of them"
+            )
+        others[parameter] = key, record
+    made: dict[tuple[int, ...], Reparameterized] = {}
+
+    def replacement(module: nn.Module) -> nn.Module | None:
+        if id(module) not in chosen:
+            return None
+        found = chosen[id(module)]
+        key, record = next(iter(found.values()))
+        cls = layer_class(record.kind, type(module))
+        assert cls is not None
+        weights = tuple(id(module._parameters[parameter]) for parameter in found)
+        try:
+            layer = cls.from_records(module, {parameter: record for parameter, (_, record) in found.items()})
+        except ArchitectureError as error:
+            raise ArchitectureError(f"`{key}`: {error}") from error
+        if made.setdefault(weights, layer) is not layer:
+            share(made[weights], layer)
+        return layer
+
+    plain = _without_batch_norms(model, records)
+    if plain is not model:  # the modules are others, their places are the same
+        return apply_records(
+            plain, {key: replace(record, batch_norm=None) for key, record in records.items()}
+        )
+    return _rewritten(replace_modules(model, replacement), records)
+
+
+def _without_batch_norms(model: nn.Module, records: Mapping[str, LayerRecord]) -> nn.Module:
+    """A copy in which the batch norms that were folded are gone and their layers have a bias; or ``model`` itself."""
+    folded = {dialects.split(key)[0]: r.batch_norm for key, r in records.items() if r.batch_norm is not None}
+    if not folded:
+        return model
+    copy = replace_modules(model, lambda module: None)
+    for name, norm in folded.items():
+        owner, _, child = norm.rpartition(".")
+        layer = copy.get_submodule(name)
+        try:
+            holder = copy.get_submodule(owner)
+            holder.get_submodule(child)
+        except AttributeError:
+            raise ArchitectureError(
+                f"the file has the batch norm `{norm}` folded into `{name}`, {type(model).__name__} has no `{norm}`"
+            ) from None
+        holder.register_module(child, FoldedBatchNorm(name))
+        weight = layer._parameters.get("weight")
+        if weight is not None and layer._parameters.get("bias") is None:
+            units = KINDS[type(layer)].unit(layer).units(tuple(weight.shape)) if type(layer) in KINDS else 0
+            layer.register_parameter("bias", nn.Parameter(torch.zeros(units, dtype=weight.dtype)))
+    return copy
+
+
+def _rewritten(model: nn.Module, records: Mapping[str, LayerRecord]) -> nn.Module:
+    """Scales placed and means normalized as the records say."""
+    outcomes: list[Outcome] = []
+    scaled = {dialects.split(key)[0] for key, record in records.items() if record.scale_outside}
+    if scaled:
+        model, outcomes = place_scales(model, scaled)
+    means: dict[tuple[str, float], list[str]] = {}
+    for key, record in records.items():
+        if record.mean is not None:
+            means.setdefault((record.mean, record.momentum), []).append(dialects.split(key)[0])
+    for (kind, momentum), names in means.items():
+        assert kind in ("mn", "mbn")
+        outcomes += insert_means(model, kind, names, momentum)  # type: ignore[arg-type]
+    for outcome in outcomes:
+        if not outcome.applied:
+            raise ArchitectureError(
+                f"`{outcome.layer}`: the file says that its {outcome.rule} was done, which is not possible in this "
+                f"architecture: {outcome.why}"
+            )
+    return model
+
+
+def _plain_record(module: nn.Module, batch_norm: str) -> LayerRecord:
+    weight, bias = module._parameters["weight"], module._parameters["bias"]
+    assert isinstance(weight, Tensor)
+    assert isinstance(bias, Tensor)
+    spec = WeightSpec(
+        tuple(weight.shape),
+        code_of(weight.dtype),
+        KINDS[type(module)].unit(module),
+        tuple(bias.shape),
+        code_of(bias.dtype),
+        "F64" if weight.dtype == torch.float64 else "F32",
+    )
+    return LayerRecord("sp", spec, "bias", batch_norm=batch_norm)
