@@ -180,4 +180,8 @@ def _input(node: fx.Node) -> fx.Node | None:
 
 def _is_identity(module: nn.Module | None) -> bool:
     """As a batch norm folded before is now."""
-    return type(module) is nn.Identity and not module._forward_hooks and not module._forward_pre_hooks
+    return (
+        type(module) in (nn.Identity, FoldedBatchNorm)
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+    )
