@@ -180,8 +180,6 @@ def _input(node: fx.Node) -> fx.Node | None:
 
 def _is_identity(module: nn.Module | None) -> bool:
     """As a batch norm folded before is now."""
-    return (
-        type(module) in (nn.Identity, FoldedBatchNorm)
-        and not module._forward_hooks
-        and not module._forward_pre_hooks
-    )
+    if module is None or type(module) not in (nn.Identity, FoldedBatchNorm):
+        return False
+    return not module._forward_hooks and not module._forward_pre_hooks
