@@ -27,8 +27,8 @@ from reparam.errors import NonFiniteError
 
 # Elements of one chunk of rows: its few float64 temporaries, a megabyte each, about stay in a core's own cache.
 _CHUNK = 1 << 17
-# Columns of one running sum.
-_RUN = 1024
+# Columns of one running sum, by the type of the result: its error of up to n·2⁻⁵³ must not show there.
+_RUN = {torch.float64: 1024, torch.float32: 1 << 16}
 # Below this |cos t| the closed form of the gradient would divide by it and lose its digits.
 _SMALL_COSINE = 1e-3
 # float32 atan rounds to one ulp, float64 rounded once to half of one: rows this short could tell the difference.
@@ -105,16 +105,16 @@ def power_below(largest: Tensor) -> Tensor:
     return (largest / (2 * torch.frexp(largest).mantissa)).masked_fill(largest == 0, 1.0)
 
 
-def _prefix_sums(squares: Tensor) -> Tensor:
-    """Sums of the first k + 1 columns, in two levels where rows are long.
+def _prefix_sums(squares: Tensor, run: int) -> Tensor:
+    """Sums of the first k + 1 columns, in two levels where rows are longer than two runs.
 
     One running sum rounds every addend of equal entries to the same side: at n = 10⁶ that costs 1e-11.
     """
     n = squares.shape[1]
-    if n < 2 * _RUN:
+    if n < 2 * run:
         return squares.cumsum_(1)
-    whole = n // _RUN * _RUN
-    runs = squares[:, :whole].view(-1, whole // _RUN, _RUN)
+    whole = n // run * run
+    runs = squares[:, :whole].view(-1, whole // run, run)
     runs.cumsum_(2)
     before = runs[:, :, -1].cumsum(1)
     runs[:, 1:] += before[:, :-1, None]
@@ -132,7 +132,9 @@ def _encode_chunk(weight: Tensor, radius: Tensor, theta: Tensor) -> None:
     w, scale = _in_range(weight.flip(1))  # last coordinate first: suffix norms become prefix norms
     # −0.0 becomes 0.0, whose angle would otherwise be −π beside a negative last coordinate.
     w[:, :2].add_(0.0)
-    norm = _prefix_sums(w.square()).sqrt_()  # norm[:, k] = ‖w_{n−k:}‖, of the last k + 1 coordinates
+    norm = _prefix_sums(
+        w.square(), _RUN[theta.dtype]
+    ).sqrt_()  # norm[:, k] = ‖w_{n−k:}‖, of the last k + 1 coordinates
     length = norm[:, -1] if scale is None else norm[:, -1] * scale[:, 0]
     if not _all_finite(length):
         raise NonFiniteError("NaN or Inf")
@@ -176,26 +178,28 @@ def decode(theta_RT: Tensor, n: int, stored: torch.dtype, radius_R: Tensor | Non
 
 
 def _decode_chunk(theta: Tensor, stored: torch.dtype, radius: Tensor | None, u: Tensor) -> None:
-    """Fill ``u`` with prefix_i·sine_i, a product of whole matrices: prefix_1 is the radius, and sine_n is 1."""
+    """Fill ``u`` with r·∏_{j<i} cos t_j · sin t_i, a product of whole matrices; sin t_n is 1."""
     n = u.shape[1]
     r = torch.ones_like(u[:, 0]) if radius is None else radius.double()
+    angle = theta.to(torch.float64, copy=True)
+    torch.sin(angle, out=u[:, : n - 1] if n > 1 else u)
     if n == 1:
-        torch.mul(theta.double().sin(), r[:, None], out=u)
+        u.mul_(r[:, None])
         return
-    prefix = torch.empty_like(u)
-    prefix[:, 1:] = theta
-    torch.sin(prefix[:, 1:], out=u[:, :-1])
-    prefix[:, 1:].cos_()
-    prefix[:, 0], u[:, -1] = r, 1.0
+    u[:, -1] = 1.0
     u[:, -2].masked_fill_(theta[:, -1].abs() == float(torch.tensor(math.pi, dtype=stored)), 0.0)
-    prefix.cumprod_(1)
+    prefix = angle.cos_()
+    prefix[:, 0] *= r
+    prefix.cumprod_(1)  # prefix[:, j] belongs to coordinate j + 1
     # No product is larger than its least factor: only rows whose whole product is small can hold a right angle, and
     # looking at every angle would cost more.
     steep = prefix[:, -1].abs() <= _NEARLY_ZERO * r.abs()
     if bool(steep.any()):
         cosine = _sine_cosine(theta[steep], n, stored)[1]
-        prefix[steep] = torch.cat([r[steep, None], cosine], dim=1).cumprod_(1)
-    u.mul_(prefix)
+        cosine[:, 0] *= r[steep]
+        prefix[steep] = cosine.cumprod_(1)
+    u[:, 0].mul_(r)
+    u[:, 1:].mul_(prefix)
 
 
 def _sine_cosine(theta: Tensor, n: int, stored: torch.dtype) -> tuple[Tensor, Tensor]:
