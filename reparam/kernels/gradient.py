@@ -45,52 +45,64 @@ def rows_gradient(
     rows = theta_RT.shape[0]
     d_radius = theta_RT.new_empty(rows)
     d_theta = torch.empty_like(theta_RT, memory_format=torch.contiguous_format)
+    most = max((part.stop - part.start for part in chunks(rows, n)), default=0)
+    # The same memory for every chunk: it stays in a core's own cache.
+    grads = torch.empty(most, n, dtype=torch.float64, device=theta_RT.device)
+    work = torch.empty(4, *theta_RT[:most].shape, dtype=torch.float64, device=theta_RT.device)
     for part in chunks(rows, n):
+        count = part.stop - part.start
         radius = None if radius_R is None else radius_R[part].double()
-        grad = grad_RN[part].double()
-        d_radius[part], d_theta[part] = _chunk(radius, theta_RT[part], n, stored, grad)
+        grad = grads[:count].copy_(grad_RN[part])
+        d_radius[part], d_theta[part] = _chunk(radius, theta_RT[part], n, stored, grad, work[:, :count])
     return d_radius, d_theta
 
 
 def _chunk(
-    radius: Tensor | None, theta: Tensor, n: int, stored: torch.dtype, grad: Tensor
+    radius: Tensor | None, theta: Tensor, n: int, stored: torch.dtype, grad: Tensor, work: Tensor
 ) -> tuple[Tensor, Tensor]:
+    """Gradients of one chunk; ``work`` is overwritten, shape (4, *theta's), and may hold them."""
     if n <= 2:
         return _recurrence(radius, theta, n, stored, grad)
-    angle = theta.double()
-    cosine = angle.cos()
+    angle = work[0].copy_(theta)
+    tangent = torch.tan(angle, out=work[1])
     # The format's exact zeros: that of an earlier cosine is seen to by the recurrence.
     right, straight = _rounded_angles(stored)
-    cosine[:, -1].masked_fill_(theta[:, -1].abs() == right, 0.0)
-    prefix = cosine.cumprod(1)  # prefix[:, j] = P_{j+2}: the first, P_1 = 1, is left out
-    tangent = angle.sin()
-    tangent[:, -1].masked_fill_(theta[:, -1].abs() == straight, 0.0)
-    terms = torch.empty_like(grad)  # u_i·g_i
-    terms[:, 0], terms[:, -1] = tangent[:, 0], prefix[:, -1]
-    torch.mul(prefix[:, :-1], tangent[:, 1:], out=terms[:, 1:-1])
-    terms *= grad
+    size = theta[:, -1].abs()
+    last_sine = angle[:, -1].sin().masked_fill_(size == straight, 0.0)
+    prefix = angle.cos_()
+    last_cosine = prefix[:, -1].masked_fill_(size == right, 0.0).clone()
+    before = prefix[:, :-1].cumprod_(1)[:, -1]  # P_{n−1}
+    prefix[:, -1] *= before  # prefix[:, j] = P_{j+2}: the first, P_1 = 1, is left out
+    d_theta = torch.mul(prefix, grad[:, :-1], out=work[2])
+    terms = torch.mul(d_theta, tangent, out=work[3])  # u_i·g_i, for u_i = P_i·sin t_i = P_{i+1}·tan t_i
+    terms[:, -1] = before * last_sine * grad[:, -2]
+    tail = prefix[:, -1] * grad[:, -1]  # u_n·g_n
     # Σ_{i>j} is the sum of all less Σ_{i≤j}, where what it is multiplied with is not small against its rounding.
-    faint = (prefix[:, -2].abs() <= _SMALL_PRODUCT).nonzero()[:, 0]
-    exact = terms[faint, 1:].flip(1).cumsum_(1).flip(1) if len(faint) else None
+    faint = (before.abs() <= _SMALL_PRODUCT).nonzero()[:, 0]
+    exact = _suffix_sums(terms[faint], tail[faint]) if len(faint) else None
     summed = terms.cumsum_(1)
-    d_radius = summed[:, -1].clone()
-    steep = faint
-    if exact is not None:
-        # No product is larger than its least factor: a small cosine is in a faint row.
-        steep = faint[(cosine[faint, :-1].abs() <= _SMALL_COSINE).any(dim=1)]
-    last = prefix[:, -2] * (cosine[:, -1] * grad[:, -2] - tangent[:, -1] * grad[:, -1])
-    tangent /= cosine
-    later = torch.sub(d_radius[:, None], summed[:, :-1], out=cosine)
+    d_radius = summed[:, -1] + tail
+    later = torch.sub(d_radius[:, None], summed, out=summed)
     if exact is not None:
         later[faint] = exact
-    d_theta = prefix.mul_(grad[:, :-1]).addcmul_(tangent, later, value=-1)
-    d_theta[:, -1] = last  # whatever a cosine of zero has left there
+    d_theta.addcmul_(tangent, later, value=-1)
+    # Whatever a cosine of zero has left there.
+    d_theta[:, -1] = before * (last_cosine * grad[:, -2] - last_sine * grad[:, -1])
     if radius is not None:
         d_theta *= radius[:, None]
-    if steep.numel():
-        of = None if radius is None else radius[steep]
-        d_radius[steep], d_theta[steep] = _recurrence(of, theta[steep], n, stored, grad[steep])
+    if exact is not None:
+        # No product is larger than its least factor: a small cosine is in a faint row.
+        steep = faint[(theta[faint, :-1].double().cos().abs() <= _SMALL_COSINE).any(dim=1)]
+        if steep.numel():
+            part = None if radius is None else radius[steep]
+            d_radius[steep], d_theta[steep] = _recurrence(part, theta[steep], n, stored, grad[steep])
     return d_radius, d_theta
+
+
+def _suffix_sums(terms: Tensor, tail: Tensor) -> Tensor:
+    """Σ_{i>j} of every j, summed from the end."""
+    later = torch.cat([terms[:, 1:], tail[:, None]], dim=1)
+    return later.flip(1).cumsum_(1).flip(1)
 
 
 @functools.cache

@@ -158,30 +158,47 @@ def _encode_chunk(weight: Tensor, radius: Tensor, theta: Tensor) -> None:
     torch.add(angle.flip(1), 0.0, out=theta)  # no −0.0 here either
 
 
-def decode(theta_RT: Tensor, n: int, stored: torch.dtype, radius_R: Tensor | None = None) -> Tensor:
-    """Rows r·u(theta) in float64.
+def decode(
+    theta_RT: Tensor,
+    n: int,
+    stored: torch.dtype,
+    radius_R: Tensor | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """Rows r·u(theta), computed in float64 and rounded once.
 
     Args:
         theta_RT: angles from the equator in radians, shape (rows, max(n − 1, 1)).
         n: fan-in; theta of width 1 belongs to n = 1 or n = 2.
         stored: dtype theta was stored in, which decides the exact zeros.
         radius_R: radius of each row, shape (rows,); unit rows without it.
+        dtype: of the result.
 
     Returns:
-        float64 rows of shape (rows, n).
+        Rows of shape (rows, n).
     """
-    rows = theta_RT.shape[0]
-    out = torch.empty(rows, n, dtype=torch.float64, device=theta_RT.device)
+    rows, width = theta_RT.shape
+    out = torch.empty(rows, n, dtype=dtype, device=theta_RT.device)
+    most = max((part.stop - part.start for part in chunks(rows, n)), default=0)
+    # The same memory for every chunk: it stays in a core's own cache.
+    angles = torch.empty(most, width, dtype=torch.float64, device=theta_RT.device)
+    unit = torch.empty(most, n, dtype=torch.float64, device=theta_RT.device)
     for part in chunks(rows, n):
-        _decode_chunk(theta_RT[part], stored, None if radius_R is None else radius_R[part], out[part])
+        count = part.stop - part.start
+        u = out[part] if dtype == torch.float64 else unit[:count]
+        _decode_chunk(theta_RT[part], stored, None if radius_R is None else radius_R[part], angles[:count], u)
+        if dtype != torch.float64:
+            out[part] = u
     return out
 
 
-def _decode_chunk(theta: Tensor, stored: torch.dtype, radius: Tensor | None, u: Tensor) -> None:
-    """Fill ``u`` with r·∏_{j<i} cos t_j · sin t_i, a product of whole matrices; sin t_n is 1."""
+def _decode_chunk(
+    theta: Tensor, stored: torch.dtype, radius: Tensor | None, angle: Tensor, u: Tensor
+) -> None:
+    """Fill ``u`` with r·∏_{j<i} cos t_j · sin t_i, a product of whole matrices; sin t_n is 1. ``angle`` is overwritten."""
     n = u.shape[1]
     r = torch.ones_like(u[:, 0]) if radius is None else radius.double()
-    angle = theta.to(torch.float64, copy=True)
+    angle.copy_(theta)
     torch.sin(angle, out=u[:, : n - 1] if n > 1 else u)
     if n == 1:
         u.mul_(r[:, None])

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from reparam.kernels.gradient import rows_gradient as gradient
-from reparam.kernels.hyperspherical import chunks, decode
+from reparam.kernels.hyperspherical import decode
 
 
 def compose_rows(
@@ -47,10 +47,7 @@ def compose_rows(
 def rows_operator(
     radius: Tensor | None, theta: Tensor, n: int, stored: torch.dtype, dtype: torch.dtype
 ) -> Tensor:
-    out = theta.new_empty((theta.shape[0], n), dtype=dtype)
-    for part in chunks(theta.shape[0], n):
-        out[part] = decode(theta[part], n, stored, None if radius is None else radius[part])
-    return out
+    return decode(theta, n, stored, radius, dtype)
 
 
 @torch.library.custom_op("reparam::rows_gradient", mutates_args=())
