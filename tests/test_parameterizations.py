@@ -14,6 +14,7 @@ from oracles import FLOAT64
 from support import gaussian
 from torch import Tensor
 
+from reparam.checkpoint.cutting import Block
 from reparam.dtypes import code_of
 from reparam.errors import NonFiniteError, SelectionError
 from reparam.parameterizations import PARAMETERIZATIONS, UnitAxis, WeightSpec, parameterization
@@ -134,21 +135,23 @@ def test_rows_are_units(kind: Kind) -> None:
 
 
 @kinds
-def test_slices_of_a_layer_are_layers(kind: Kind) -> None:
-    """Layers are converted in blocks of their leading axis: together they are the whole."""
+def test_blocks_of_a_layer_are_layers(kind: Kind) -> None:
+    """Layers are converted in blocks: together they are the whole."""
     weight, bias = kind.tensors(torch.float32)
     spec = kind.spec(torch.float32, torch.float32)
     for map_ in (WN, GMP):
         whole = map_.decompose(weight, bias, spec)
-        count = next(c for c in (3, 2, 1) if spec.leading % c == 0)
-        parts = [
-            map_.decompose(w, b, spec.block(spec.leading // count))
-            for w, b in zip(
-                weight.chunk(count), bias.chunk(count) if bias is not None else [None] * count, strict=True
-            )
-        ]
+        cut = Block.by_rows if map_ is WN else Block.by_units
+        found = {role: torch.full_like(tensor, torch.nan) for role, tensor in whole.items()}
+        for block in cut(Block.whole(spec), 12):
+            box = tuple(slice(*edge) for edge in block.box)
+            b = None if bias is None or block.units is None else bias.reshape(-1)[slice(*block.units)]
+            for role, tensor in map_.decompose(weight[box], b, block.of(spec)).items():
+                part = block.part(role, tuple(whole[role].shape))
+                assert part is not None
+                found[role].view(part[0])[tuple(slice(*edge) for edge in part[1])] = tensor
         for role, tensor in whole.items():
-            assert torch.equal(torch.cat([part[role] for part in parts]), tensor), role
+            assert torch.equal(found[role], tensor), role
 
 
 UNUSABLE = {"zero row": (0.0, 1.0), "beyond 2^20": (1.0, 2.0**20 * (1 + 2**-20))}

@@ -16,7 +16,7 @@ from reparam.checkpoint.staging import refuse_existing, require_space, staged
 from reparam.errors import OutputError, SelectionError
 
 if TYPE_CHECKING:
-    from reparam.checkpoint.mapping import Fidelity
+    from reparam.checkpoint.fidelity import Fidelity
 
 #: called with (bytes done, bytes in all, what is being done)
 Progress = Callable[[int, int, str], None]

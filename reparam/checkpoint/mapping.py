@@ -1,114 +1,94 @@
-"""One layer from its source tensors to its target tensors: rows stream through in blocks.
+"""One layer from its source tensors to its target tensors: it streams through in blocks.
 
-A block of rows is read, composed, decomposed, decoded again for comparison, and written; everything between source
-and target is float64, only what is written is rounded. Memory is a few blocks, whatever the layer's size.
+A block is read, composed, decomposed, decoded again for comparison, and written; everything between source and target is
+float64, only what is written is rounded. Where units are not on the first axis, the two may divide differently:
+
+| from | to | blocks |
+|---|---|---|
+| SP, WN | GmP | whole units: columns of the weight |
+| SP, WN | SP, WN | rows of the first axis |
+| GmP | SP, WN | whole units are composed and rounded, then rows are taken of what they gave |
+
+Memory is a few blocks, whatever the layer's size. But WN's norms run over all units of a group: from GmP to WN the plain
+weights of one group are held, in their own dtype; and no block is less than one unit, or one row of the first axis.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from reparam.checkpoint.cutting import Block, within
+from reparam.checkpoint.fidelity import Fidelity, all_finite, compare
 from reparam.checkpoint.layers import Layer
 from reparam.checkpoint.metadata import LayerRecord
 from reparam.dtypes import torch_dtype
 from reparam.errors import CheckFailedError, NonFiniteError
-from reparam.kernels.hyperspherical import row_norms
-from reparam.parameterizations import WeightSpec, parameterization
+from reparam.parameterizations import parameterization
 
 # Weights of one block: its float64 temporaries have two megabytes each.
 _BLOCK = 1 << 18
-#: Largest error that a conversion may make before anything is rounded to the plain dtype, by the type of theta, r, g and
-#: lambda_: of a row, ‖Δw‖/‖w‖, and of a bias, |Δb|/|b|. More is a defect.
-ROW_ERROR_BAR = {"F64": 1e-12, "F32": 2e-7}
-BIAS_ERROR_BAR = {"F64": 2.0**-51, "F32": 2.0**-23}
-# No float32 holds a smaller norm or number to full precision: errors of such are relative to it.
-_SMALLEST_NORMAL = 2.0**-126
-_NAMED = 16
-# Elements in which to look for those first.
-_LOOK = 256
-# Row norms from here to its inverse: float32 holds their squares, and those of errors worth a mention.
-_COMFORTABLE = 1e-6
 
 Tensors = dict[str, Tensor]
-Mask = npt.NDArray[np.bool_]
-
-
-@dataclass(frozen=True)
-class Block:
-    """``count`` of the ``leading`` equal slices of a layer's tensors, from ``start``."""
-
-    start: int
-    count: int
-    leading: int
-
-    def rows(self, extent: int) -> tuple[int, int]:
-        """First and number of this block's rows in a tensor whose first axis has ``extent``."""
-        share = extent // self.leading
-        return self.start * share, self.count * share
-
-    def of(self, spec: WeightSpec) -> WeightSpec:
-        return spec if self.count == self.leading else spec.block(self.count)
-
-
 Read = Callable[[Block], Tensors]
 Write = Callable[[Block, Tensors], None]
 
 
-@dataclass(frozen=True)
-class Fidelity:
-    """How exactly tensors that were written give the source's weights back, both rounded to the plain dtype.
-
-    Attributes:
-        weights, rows: how many were compared.
-        inexact: weights that are not bit for bit the same.
-        max_row_error: largest ‖Δw‖/‖w‖ of a unit.
-        where: flat positions (C order) of the first inexact weights in the plain weight.
-        bias_inexact: biases that are not bit for bit the same.
-    """
-
-    weights: int = 0
-    rows: int = 0
-    inexact: int = 0
-    max_row_error: float = 0.0
-    where: tuple[int, ...] = ()
-    bias_inexact: int = 0
-
-    def __add__(self, other: Fidelity) -> Fidelity:
-        return Fidelity(
-            self.weights + other.weights,
-            self.rows + other.rows,
-            self.inexact + other.inexact,
-            max(self.max_row_error, other.max_row_error),
-            tuple(sorted(self.where + other.where)[:_NAMED]),
-            self.bias_inexact + other.bias_inexact,
-        )
+def blocks(layer: Layer, record: LayerRecord, size: int) -> list[Block]:
+    """Cut a layer into parts of about ``size`` blocks that can be mapped apart."""
+    whole, weights = Block.whole(layer.spec), size * _BLOCK
+    if _takes_units(layer, record):
+        return whole.by_units(weights)
+    if not parameterization(layer.kind).by_unit:
+        return whole.by_rows(weights)
+    return whole.by_groups(weights) if parameterization(record.kind).by_row else whole.by_units(weights)
 
 
-def blocks(spec: WeightSpec, divisible: bool) -> list[Block]:
-    """Cut a layer into blocks of about ``_BLOCK`` weights, or into one where its tensors cannot be cut alike."""
-    leading = spec.leading
-    if not divisible:
-        return [Block(0, leading, leading)]
-    step = max(1, _BLOCK * leading // max(1, math.prod(spec.shape)))
-    return [Block(start, min(step, leading - start), leading) for start in range(0, leading, step)]
+def cut_axes(layer: Layer, record: LayerRecord) -> set[int]:
+    """Axes of its weight along which a layer's blocks are cut."""
+    return {0, layer.spec.unit.axis} if _takes_units(layer, record) else {0}
 
 
-def map_blocks(
-    layer: Layer, record: LayerRecord, parts: Sequence[Block], read: Read, write: Write
-) -> Fidelity:
-    """Decompose blocks of a layer into the parameterization of ``record``.
+def _takes_units(layer: Layer, record: LayerRecord) -> bool:
+    """Whether the target takes blocks of whole units; else it takes rows of the first axis."""
+    return layer.spec.unit.axis == 0 or parameterization(record.kind).by_unit
+
+
+def _plain(
+    layer: Layer, record: LayerRecord, block: Block, read: Read
+) -> Iterator[tuple[Block, Tensor, Tensor | None]]:
+    """The plain weight and bias of a block, in blocks that the target takes."""
+    source = parameterization(layer.kind)
+    by_units = _takes_units(layer, record)
+    if source.by_unit and not by_units:
+        yield from _gathered(layer, block, read)
+        return
+    for part in block.by_units(_BLOCK) if by_units else block.by_rows(_BLOCK):
+        yield part, *source.compose(_finite(read(part)), part.of(layer.spec))
+
+
+def _gathered(layer: Layer, block: Block, read: Read) -> Iterator[tuple[Block, Tensor, Tensor | None]]:
+    """Rows of a block of units, whose weights are kept meanwhile, rounded to their dtype."""
+    source, biases = parameterization(layer.kind), []
+    weight = torch.empty(block.extents, dtype=torch_dtype(layer.spec.dtype))
+    for part in block.by_units(_BLOCK):
+        value, bias = source.compose(_finite(read(part)), part.of(layer.spec))
+        weight[within(part.box, block.box)] = value
+        biases += [] if bias is None else [bias]
+    for part in block.by_rows(_BLOCK):
+        bias = torch.cat(biases) if biases and part.units is not None else None
+        yield part, weight[within(part.box, block.box)], bias
+
+
+def map_block(layer: Layer, record: LayerRecord, block: Block, read: Read, write: Write) -> Fidelity:
+    """Decompose a part of a layer into the parameterization of ``record``.
 
     Args:
         layer: how the source is held.
         record: how the result is to be held.
-        parts: from :func:`blocks`.
+        block: from :func:`blocks`.
         read: gives a block's source tensors by role.
         write: takes a block's target tensors by role.
 
@@ -116,17 +96,16 @@ def map_blocks(
         NonFiniteError: a weight or bias is NaN or Inf.
         CheckFailedError: what was computed does not give the source back within the bar.
     """
-    source, target = parameterization(layer.kind), parameterization(record.kind)
+    target = parameterization(record.kind)
     fidelity = Fidelity()
-    for block in parts:
-        weight, bias = source.compose(_finite(read(block)), block.of(layer.spec))
-        spec = block.of(record.spec)
+    for part, weight, bias in _plain(layer, record, block, read):
+        spec = part.of(record.spec)
         tensors = target.decompose(weight, bias, spec, record.bias)
-        write(block, tensors)
+        write(part, tensors)
         if record.kind == "sp":
             continue
         try:
-            fidelity += _compare(weight, bias, tensors, record.kind, spec, block)
+            fidelity += compare(weight, bias, tensors, record.kind, spec, part)
         except CheckFailedError as error:
             raise CheckFailedError(
                 f"'{layer.key}' {error}; nothing was written: please report this"
@@ -134,145 +113,18 @@ def map_blocks(
     return fidelity
 
 
-def bias_roles(layer: Layer, record: LayerRecord, parts: Sequence[Block], read: Read) -> set[str]:
-    """Under which roles the values of these blocks would have the bias kept; the layer's is "bias" if any says so."""
-    source, target = parameterization(layer.kind), parameterization(record.kind)
-    roles = set()
-    for block in parts:
-        weight, bias = source.compose(_finite(read(block)), block.of(layer.spec))
+def bias_roles(layer: Layer, record: LayerRecord, block: Block, read: Read) -> set[str]:
+    """Under which roles the values of a block would have the bias kept; the layer's is "bias" if any says so."""
+    target, roles = parameterization(record.kind), set()
+    for part, weight, bias in _plain(layer, record, block, read):
         assert bias is not None
-        roles.add(target.bias_role(weight, bias, block.of(record.spec)))
+        roles.add(target.bias_role(weight, bias, part.of(record.spec)))
     return roles
 
 
 def _finite(tensors: Tensors) -> Tensors:
     """Check all but the plain weight, whose NaN or Inf shows in its norm, for which every map looks."""
     for role in ("bias", "lambda_", "r", "weight_g", "theta"):
-        if role in tensors and not _all_finite(tensors[role]):
+        if role in tensors and not all_finite(tensors[role]):
             raise NonFiniteError(f"NaN or Inf in its {role}")
     return tensors
-
-
-def _all_finite(tensor: Tensor) -> bool:
-    """Whether no element is NaN or Inf: the largest of a NaN and anything is NaN."""
-    return tensor.numel() == 0 or math.isfinite(float(tensor.abs().amax()))
-
-
-def _compare(
-    weight: Tensor,
-    bias: Tensor | None,
-    tensors: Mapping[str, Tensor],
-    kind: str,
-    spec: WeightSpec,
-    block: Block,
-) -> Fidelity:
-    """Decode ``tensors`` again and hold them against what they were made of.
-
-    Raises:
-        NonFiniteError: the source's weight does not fit its own dtype.
-        CheckFailedError: an error beyond the bar, before rounding; or an exact zero that did not survive.
-    """
-    target = parameterization(kind)
-    again, bias_again = target.compose(tensors, spec)
-    dtype = torch_dtype(spec.dtype)
-    want, have = weight.to(dtype), again.to(dtype)
-    if weight.dtype != dtype and not _all_finite(want):
-        raise NonFiniteError(f"values beyond {spec.dtype}")
-    made_of = want if target.keeps_dtype else weight
-    size, wide = _sizes(made_of, spec)
-    unequal = _unequal(want, have)
-    inexact, error = int(np.count_nonzero(unequal)), 0.0
-    where: tuple[int, ...] = ()
-    if inexact:
-        if dtype.itemsize == 2:  # differences of 16-bit numbers are exact in float32
-            want, have = want.float(), have.float()
-        if (unequal & np.equal(want.numpy(), 0)).any():
-            raise CheckFailedError("lost an exact zero")
-        error = _row_error(have - want, size, spec, wide)
-        first = block.start * (weight.numel() // block.count)
-        where = tuple(first + i for i in _first(unequal))
-    if spec.dtype == spec.stored and made_of.dtype == dtype:
-        worst = error  # rounding to the plain dtype is within the bar
-    else:
-        # In place, so at last: `have` may be `again` itself.
-        worst = _row_error(again.sub_(made_of), size, spec, wide)
-    _require(worst, ROW_ERROR_BAR[spec.stored], "row")
-    return Fidelity(weight.numel(), spec.units, inexact, error, where, _bias_inexact(bias, bias_again, spec))
-
-
-def _bias_inexact(bias: Tensor | None, again: Tensor | None, spec: WeightSpec) -> int:
-    """How many biases do not come back bit for bit; CheckFailedError where one is off by more than rounding."""
-    if bias is None or again is None:
-        return 0
-    assert spec.bias_dtype is not None
-    size = bias.double().abs().clamp_min(_floor(spec.bias_dtype))
-    _require(float(((again.double() - bias).abs() / size).amax()), BIAS_ERROR_BAR[spec.stored], "bias")
-    dtype = torch_dtype(spec.bias_dtype)
-    return int((bias.to(dtype) != again.to(dtype)).sum())
-
-
-def _require(error: float, bar: float, what: str) -> None:
-    if not error <= bar:  # NaN is no pass
-        raise CheckFailedError(f"came back with a {what} error of {error:.1e}, the bar is {bar:.1e}")
-
-
-def _floor(dtype: str) -> float:
-    return float(torch.finfo(torch.float64).tiny) if dtype == "F64" else _SMALLEST_NORMAL
-
-
-def _unequal(want: Tensor, have: Tensor) -> Mask:
-    """Where two tensors of one type differ; 0.0 equals −0.0. numpy compares several times faster than torch."""
-    if want.dtype.itemsize == 2:
-        # Numbers of the same bits are equal, and nearly always all are: there is no need to widen them.
-        unequal: Mask = np.not_equal(want.view(torch.int16).numpy(), have.view(torch.int16).numpy())
-        if not unequal.any():
-            return unequal
-        want, have = want.float(), have.float()
-    different: Mask = np.not_equal(want.numpy(), have.numpy())
-    return different
-
-
-def _first(mask: Mask) -> list[int]:
-    """Flat positions of the first few set elements; all are listed only where few are set."""
-    flat = mask.reshape(-1)
-    found = np.flatnonzero(flat[:_LOOK])
-    if found.size < _NAMED:
-        found = np.flatnonzero(flat)
-    return [int(i) for i in found[:_NAMED]]
-
-
-def _row_norms(weight: Tensor, spec: WeightSpec, wide: bool = True) -> Tensor:
-    """float64 norm of every unit; without ``wide`` in the weight's own arithmetic, which is several times faster.
-
-    Only squares of float64 weights can over- or underflow float64.
-    """
-    rows = spec.unit.to_rows(weight)
-    if spec.dtype == "F64":
-        return row_norms(rows)
-    dtype = torch.float64 if wide or weight.dtype == torch.float64 else torch.float32
-    norms: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=dtype)
-    return norms.double()
-
-
-def _sizes(weight: Tensor, spec: WeightSpec) -> tuple[Tensor, bool]:
-    """The norm of every unit, and whether float32 could not hold the squares of what matters beside them."""
-    size = _row_norms(weight, spec, wide=False)
-    least, largest = map(float, torch.aminmax(size)) if size.numel() else (1.0, 1.0)
-    if least >= _COMFORTABLE and largest <= 1 / _COMFORTABLE:
-        return size, False
-    return _row_norms(weight, spec), True
-
-
-def _row_error(difference: Tensor, size: Tensor, spec: WeightSpec, wide: bool) -> float:
-    """Largest ‖difference‖ of a unit over its ``size``; infinite where the difference is NaN or Inf."""
-    try:
-        error = _row_norms(difference, spec, wide)
-    except NonFiniteError:
-        return math.inf
-    if not error.numel():
-        return 0.0
-    ratio = error / size
-    if wide:  # zero rows that came back as such, and norms that no float32 holds to full precision
-        ratio = torch.where(error == 0, 0.0, error / size.clamp_min(_floor(spec.dtype)))
-    worst = float(ratio.amax())
-    return worst if math.isfinite(worst) else math.inf

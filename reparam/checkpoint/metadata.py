@@ -131,9 +131,18 @@ def _record(value: dict[str, Any]) -> LayerRecord:
     batch_norm, mean, scale = value.get("batch_norm"), value.get("mean"), value.get("scale", "inside")
     if value["kind"] not in PARAMETERIZATIONS or (value["kind"] == "sp" and batch_norm is None):
         raise ValueError(f"kind {value['kind']!r}")
-    if mean not in (None, "mn", "mbn") or scale not in ("inside", "outside"):
-        raise ValueError(f"mean {mean!r}, scale {scale!r}")
-    if not isinstance(batch_norm, (str, type(None))):
+    momentum, gained = value.get("momentum", 0.01), value.get("gained_bias", False)
+    if mean not in (None, "mn", "mbn") or (mean is not None and value["kind"] == "sp"):
+        raise ValueError(f"mean {mean!r} of kind {value['kind']}")
+    if scale not in ("inside", "outside") or (
+        scale == "outside" and (value["kind"] != "gmp" or bias == "bias")
+    ):
+        raise ValueError(f"scale {scale!r} of kind {value['kind']} with bias {bias!r}")
+    if type(momentum) not in (int, float) or not 0 <= momentum <= 1:
+        raise ValueError(f"momentum {momentum!r}")
+    if type(gained) is not bool or (gained and (mean is None or bias is None)):
+        raise ValueError(f"gained_bias {gained!r} with mean {mean!r} and bias {bias!r}")
+    if not (batch_norm is None or (isinstance(batch_norm, str) and batch_norm)):
         raise ValueError(f"batch_norm {batch_norm!r}")
     if bias not in (None, "bias", "lambda_") or spec.theta_origin not in ("equator", "pole"):
         raise ValueError(f"bias {bias!r}, theta_origin {spec.theta_origin!r}")
@@ -151,8 +160,8 @@ def _record(value: dict[str, Any]) -> LayerRecord:
         bias,
         scale == "outside",
         mean,
-        float(value.get("momentum", 0.01)),
-        value.get("gained_bias") is True,
+        float(momentum),
+        gained,
         batch_norm,
     )
 

@@ -6,13 +6,14 @@ Bytes are read, not mapped: a mapped file's pages count as this process's memory
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
 from reparam.checkpoint import metadata as records_format
 from reparam.checkpoint import pickles
+from reparam.checkpoint.cutting import Range, runs, within
 from reparam.checkpoint.header import TensorInfo, read_header
 from reparam.checkpoint.metadata import LayerRecord
 from reparam.errors import CheckpointError
@@ -66,35 +67,44 @@ class Checkpoint:
             CheckpointError: the file ended early or cannot be read.
         """
         info = self.tensors[key]
-        if info.stride is None:
-            return self.rows(key, 0, info.shape[0] if info.shape else 1)
-        return self._read(info, info.offset, info.nbytes).as_strided(info.shape, info.stride).contiguous()
+        return self.part(key, info.shape, [(0, extent) for extent in info.shape]).contiguous()
 
-    def rows(self, key: str, start: int, count: int) -> Tensor:
-        """Rows ``start`` to ``start + count`` of one tensor's first axis, without the others being read."""
+    def part(self, key: str, shape: tuple[int, ...], box: Sequence[Range]) -> Tensor:
+        """A box of one tensor seen in ``shape``, without the rest being read: a view where it is in memory anyway.
+
+        Raises:
+            CheckpointError: the file ended early or cannot be read.
+        """
         info = self.tensors[key]
         if key in self.held:
-            return self.held[key][start : start + count].contiguous() if info.shape else self.held[key]
-        if not info.shape:
-            return self._read(info, info.offset, info.nbytes).reshape(())
-        size = info.nbytes // info.shape[0] if info.shape[0] else 0
-        return self._read(info, info.offset + start * size, count * size).reshape(count, *info.shape[1:])
+            return self.held[key].reshape(shape)[within(box, [(0, 0)] * len(box))]
+        if info.stride is not None:
+            whole = self._read(info, [0], info.nbytes).as_strided(info.shape, info.stride)
+            return whole.reshape(shape)[within(box, [(0, 0)] * len(box))]
+        size = info.nbytes // max(1, info.numel)
+        starts, length = runs(shape, box)
+        extents = [stop - start for start, stop in box]
+        return self._read(info, [start * size for start in starts], length * size).reshape(extents)
 
-    def _read(self, info: TensorInfo, offset: int, nbytes: int) -> Tensor:
+    def _read(self, info: TensorInfo, starts: Sequence[int], length: int) -> Tensor:
+        """``length`` bytes from each start, which count from the tensor's first byte."""
         import torch
 
         from reparam.dtypes import torch_dtype
 
-        buffer = torch.empty(nbytes, dtype=torch.uint8)
-        if nbytes:
+        buffer = torch.empty(len(starts) * length, dtype=torch.uint8)
+        if len(buffer):
+            view = buffer.numpy().data
             with _open(info) as file:
-                file.seek(offset)
-                view = buffer.numpy().data
-                while view:
-                    count = file.readinto(view)
-                    if not count:
-                        raise CheckpointError(f"{info.file}: truncated within '{info.key}'")
-                    view = view[count:]
+                for start in starts:
+                    file.seek(info.offset + start)
+                    left = view[:length]
+                    view = view[length:]
+                    while left:
+                        count = file.readinto(left)
+                        if not count:
+                            raise CheckpointError(f"{info.file}: truncated within '{info.key}'")
+                        left = left[count:]
         return buffer.view(torch_dtype(info.dtype))
 
     def blocks(self, key: str) -> Iterator[memoryview]:

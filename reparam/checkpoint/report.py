@@ -10,7 +10,7 @@ from reparam.checkpoint.plan import Step
 from reparam.parameterizations import PARAMETERIZATIONS
 
 if TYPE_CHECKING:
-    from reparam.checkpoint.mapping import Fidelity
+    from reparam.checkpoint.fidelity import Fidelity
 
 
 @dataclass(frozen=True)

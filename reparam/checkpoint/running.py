@@ -16,11 +16,14 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from reparam.checkpoint.cutting import Block
+from reparam.checkpoint.fidelity import Fidelity
 from reparam.checkpoint.layers import Layer
-from reparam.checkpoint.mapping import Block, Fidelity, bias_roles, blocks, map_blocks
+from reparam.checkpoint.mapping import bias_roles, blocks, cut_axes, map_block
 from reparam.checkpoint.metadata import LayerRecord
 from reparam.checkpoint.plan import CONVERTED, FilePlan, Plan, Step, settle_ties
 from reparam.checkpoint.reading import Checkpoint
+from reparam.checkpoint.source import Source, divisible
 from reparam.checkpoint.workers import each
 from reparam.checkpoint.writing import SafetensorsWriter
 from reparam.errors import NonFiniteError, SelectionError
@@ -38,40 +41,24 @@ _WORTHWHILE = 1 << 25
 
 @dataclass(frozen=True)
 class _Task:
-    """Some blocks of one layer."""
+    """A part of one layer."""
 
     step: Step
-    parts: tuple[Block, ...]
+    block: Block
 
     @property
     def record(self) -> LayerRecord:
         assert self.step.record is not None
         return self.step.record
 
+    def source(self, checkpoint: Checkpoint, norms: dict[str, Tensor]) -> Source:
+        """Reads what is to be mapped; ``norms`` are those known in this process."""
+        axes = cut_axes(self.step.layer, self.record)
+        return Source(checkpoint, self.step.layer, self.block, axes, norms)
+
 
 #: the file of the source whose place is written, and what into it: blocks of a layer, or the copy of a key
 _Job = tuple[Path, _Task | str]
-
-
-class _Source:
-    """Reads a layer's tensors, whole or in blocks of rows."""
-
-    def __init__(self, checkpoint: Checkpoint, layer: Layer) -> None:
-        self._checkpoint, self._layer = checkpoint, layer
-        infos = [checkpoint.tensors[key] for key in layer.tensors.values()]
-        leading = layer.spec.leading
-        self.divisible = all(
-            info.stride is None and info.shape and info.shape[0] and info.shape[0] % leading == 0
-            for info in infos
-        )
-
-    def __call__(self, block: Block) -> dict[str, Tensor]:
-        if block.count == block.leading:
-            return {role: self._checkpoint.tensor(key) for role, key in self._layer.tensors.items()}
-        return {
-            role: self._checkpoint.rows(key, *block.rows(self._checkpoint.tensors[key].shape[0]))
-            for role, key in self._layer.tensors.items()
-        }
 
 
 def decide(plan: Plan, exact: bool) -> Plan:
@@ -83,15 +70,16 @@ def decide(plan: Plan, exact: bool) -> Plan:
     """
     checkpoint = plan.checkpoint
     parallel = checkpoint.nbytes >= _WORTHWHILE
+    norms: dict[str, Tensor] = {}
 
     def role(task: _Task) -> set[str]:
         with _naming(checkpoint, task.step.layer):
-            return bias_roles(task.step.layer, task.record, task.parts, _Source(checkpoint, task.step.layer))
+            return bias_roles(task.step.layer, task.record, task.block, task.source(checkpoint, norms))
 
     def trial(task: _Task) -> Fidelity:
         with _naming(checkpoint, task.step.layer):
-            source = _Source(checkpoint, task.step.layer)
-            return map_blocks(task.step.layer, task.record, task.parts, source, lambda block, tensors: None)
+            source = task.source(checkpoint, norms)
+            return map_block(task.step.layer, task.record, task.block, source, lambda block, tensors: None)
 
     steps = {step.layer.key: step for step in plan.steps}
     kept_plain = set()
@@ -142,6 +130,7 @@ def write(
         CheckFailedError: what was written does not give the source back.
     """
     fidelity: dict[str, Fidelity] = {}
+    norms: dict[str, Tensor] = {}
     total, done = sum(file.nbytes for file in files.values()), 0
     with ExitStack() as stack:
         writers = {}
@@ -163,7 +152,7 @@ def write(
                 writers[source].write_blocks(task, checkpoint.blocks(files[source].copies[task]))
                 return writers[source].taken(), Fidelity()
             with _naming(checkpoint, task.step.layer):
-                found = _map(checkpoint, task, writers[source], files[source].entries)
+                found = _map(task, task.source(checkpoint, norms), writers[source], files[source].entries)
             return writers[source].taken(), found
 
         stack.enter_context(_flushing(list(writers.values())))
@@ -185,14 +174,16 @@ def _tasks(checkpoint: Checkpoint, steps: Sequence[Step]) -> list[_Task]:
     """All blocks of all layers."""
     tasks = []
     for step in steps:
-        parts = blocks(step.layer.spec, _Source(checkpoint, step.layer).divisible)
-        tasks += [_Task(step, tuple(parts[i : i + _BLOCKS])) for i in range(0, len(parts), _BLOCKS)]
+        assert step.record is not None
+        whole = not divisible(checkpoint, step.layer)
+        parts = [Block.whole(step.layer.spec)] if whole else blocks(step.layer, step.record, _BLOCKS)
+        tasks += [_Task(step, part) for part in parts]
     return tasks
 
 
 def _map(
-    checkpoint: Checkpoint,
     task: _Task,
+    source: Source,
     writer: SafetensorsWriter,
     entries: Mapping[str, tuple[str, tuple[int, ...]]],
 ) -> Fidelity:
@@ -201,12 +192,11 @@ def _map(
 
     def put(block: Block, tensors: dict[str, Tensor]) -> None:
         for role, key in keys.items():
-            if block.count == block.leading:
-                writer.write(key, tensors[role])
-            else:
-                writer.write_rows(key, block.rows(entries[key][1][0])[0], tensors[role])
+            part = block.part(role, entries[key][1])
+            if part is not None:
+                writer.write_part(key, *part, tensors[role])
 
-    return map_blocks(task.step.layer, task.record, task.parts, _Source(checkpoint, task.step.layer), put)
+    return map_block(task.step.layer, task.record, task.block, source, put)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from reparam import dtypes
 from reparam.checkpoint import metadata as records_format
 from reparam.checkpoint.metadata import LayerRecord
-from reparam.checkpoint.reading import open_checkpoint
+from reparam.checkpoint.reading import Checkpoint, open_checkpoint
 from reparam.checkpoint.staging import refuse_existing, require_space, staged
 from reparam.checkpoint.writing import SafetensorsWriter, file_size
 
@@ -24,10 +24,15 @@ def load_state_dict(path: Path | str) -> tuple[dict[str, Tensor], dict[str, Laye
         CheckpointError: as :func:`open_checkpoint`.
     """
     checkpoint = open_checkpoint(path)
+    return state_dict_of(checkpoint), checkpoint.records
+
+
+def state_dict_of(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """Every tensor of an open checkpoint, tied ones sharing memory."""
     tensors = {key: checkpoint.tensor(key) for key in checkpoint.tensors if key not in checkpoint.aliases}
     for alias, key in checkpoint.aliases.items():
         tensors[alias] = tensors[key]
-    return {key: tensors[key] for key in checkpoint.tensors}, checkpoint.records
+    return {key: tensors[key] for key in checkpoint.tensors}
 
 
 def save_state_dict(

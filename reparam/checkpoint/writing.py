@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 from reparam import dtypes
+from reparam.checkpoint.cutting import Range, runs
 from reparam.checkpoint.reading import bytes_of
 
 if TYPE_CHECKING:
@@ -71,11 +73,19 @@ class SafetensorsWriter:
         )
         self._write(key, 0, bytes_of(value))
 
-    def write_rows(self, key: str, start: int, value: Tensor) -> None:
-        """Rows of a tensor's first axis from ``start``, of the planned type and row shape."""
-        dtype, shape = self._entries[key]
-        assert (dtypes.code_of(value.dtype), tuple(value.shape[1:])) == (dtype, shape[1:]), (key, value.shape)
-        self._write(key, start * (self.size(key) // shape[0]), bytes_of(value))
+    def write_part(self, key: str, shape: tuple[int, ...], box: Sequence[Range], value: Tensor) -> None:
+        """A box of one tensor seen in ``shape``, of the planned type."""
+        dtype, planned = self._entries[key]
+        extents = tuple(stop - start for start, stop in box)
+        assert (math.prod(shape), value.numel()) == (math.prod(planned), math.prod(extents)), (
+            key,
+            value.shape,
+        )
+        assert dtypes.code_of(value.dtype) == dtype, (key, value.dtype)
+        starts, length = runs(shape, box)
+        size, data = value.element_size(), bytes_of(value)
+        for i, start in enumerate(starts):
+            self._write(key, start * size, data[i * length * size : (i + 1) * length * size])
 
     def write_blocks(self, key: str, blocks: Iterable[memoryview]) -> None:
         """One tensor's bytes in C order."""

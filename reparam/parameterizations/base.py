@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from reparam.parameterizations.rows import UnitAxis
@@ -56,27 +56,6 @@ class WeightSpec:
         assert self.bias_shape is not None
         return self.bias_dtype, self.bias_shape
 
-    @property
-    def leading(self) -> int:
-        """Into how many equal slices of their first axis all tensors of the layer can be cut, each a layer itself."""
-        if self.unit.axis == 0:
-            return self.shape[0]
-        return self.unit.groups
-
-    def block(self, count: int) -> WeightSpec:
-        """The spec of ``count`` of the ``leading`` slices."""
-
-        def share(shape: tuple[int, ...]) -> tuple[int, ...]:
-            return (shape[0] // self.leading * count, *shape[1:])
-
-        groups = self.unit.groups if self.unit.axis == 0 else count
-        return replace(
-            self,
-            shape=share(self.shape),
-            unit=UnitAxis(self.unit.axis, groups),
-            bias_shape=None if self.bias_shape is None else share(self.bias_shape),
-        )
-
 
 class Parameterization(ABC):
     """One way to hold the weight and bias of a layer."""
@@ -87,6 +66,10 @@ class Parameterization(ABC):
     needs_graph: str | None = None
     #: its tensors hold the weight itself, in the layer's own dtype
     keeps_dtype: bool = False
+    #: its tensors have one row a unit, not the weight's own axes
+    by_unit: bool = False
+    #: it looks at whole rows of the weight's first axis, even where units are on another
+    by_row: bool = False
 
     @abstractmethod
     def tensors(self, spec: WeightSpec, bias: str | None) -> TensorSpecs:

@@ -29,6 +29,7 @@ class Geometric(Parameterization):
 
     name = "gmp"
     title = "geometric parameterization"
+    by_unit = True
 
     def tensors(self, spec: WeightSpec, bias: str | None) -> TensorSpecs:
         specs: TensorSpecs = {

@@ -28,6 +28,7 @@ class WeightNorm(Parameterization):
     name = "wn"
     title = "weight normalization"
     keeps_dtype = True
+    by_row = True
 
     def tensors(self, spec: WeightSpec, bias: str | None) -> TensorSpecs:
         specs: TensorSpecs = {
@@ -62,21 +63,27 @@ class WeightNorm(Parameterization):
         return tensors
 
     def compose(self, tensors: Mapping[str, Tensor], spec: WeightSpec) -> tuple[Tensor, Tensor | None]:
+        """``tensors`` may hold the ``norm`` that g scales, shaped like g, where this v is a part without all it runs over."""
         import torch
 
         v, g = tensors["weight_v"].to(torch.float64, copy=True), tensors["weight_g"].double()
-        axes = norm_axes(tuple(v.shape), tuple(g.shape))
-        norm = _norm(v, axes, tensors["weight_v"].dtype.itemsize == 8) if axes else v.abs()
+        norm = tensors.get("norm")
+        if norm is None:
+            norm = norm_over(
+                v, norm_axes(tuple(v.shape), tuple(g.shape)), tensors["weight_v"].dtype.itemsize == 8
+            )
         scale = (g if g.dim() else g.reshape((1,) * v.dim())) / norm.masked_fill(norm == 0, 1.0)
         return v.mul_(scale), tensors.get("bias")
 
 
-def _norm(v: Tensor, axes: tuple[int, ...], wide: bool) -> Tensor:
-    """Norm of a float64 tensor over ``axes``; squares of what was ``wide`` could over- or underflow."""
+def norm_over(v: Tensor, axes: tuple[int, ...], wide: bool) -> Tensor:
+    """Norm of a float64 tensor over ``axes``, which are kept; squares of what was ``wide`` could over- or underflow."""
     import torch
 
     from reparam.kernels.hyperspherical import power_below
 
+    if not axes:
+        return v.abs()
     scale = power_below(v.abs().amax(dim=axes, keepdim=True)) if wide else None
     norm: Tensor = torch.linalg.vector_norm(v if scale is None else v / scale, dim=axes, keepdim=True)
     return norm if scale is None else norm * scale
