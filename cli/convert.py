@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from reparam.errors import SelectionError
 
-from . import text
+from . import rules, text
+from .options import parse_arch_args, parse_axes
 
 if TYPE_CHECKING:
     from reparam.checkpoint import ConversionReport
@@ -23,7 +25,7 @@ _NAMED = 16
 def convert(
     path: Annotated[Path, typer.Argument(help="File, index of shards, or folder.", show_default=False)],
     to: Annotated[
-        str, typer.Option(help="sp, wn, gmp, or unit (which needs the graph).", show_default=False)
+        str, typer.Option(help="sp, wn, gmp, or unit (which needs the network).", show_default=False)
     ],
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Where to write; beside the input by default.")
@@ -46,13 +48,70 @@ def convert(
     axis: Annotated[
         list[str] | None, typer.Option(help="GLOB=N, the axis of the output units; repeatable.")
     ] = None,
+    arch: Annotated[
+        str | None,
+        typer.Option(
+            help="The network: pkg.module:callable or path/to/file.py:callable; a Hugging Face folder needs none."
+        ),
+    ] = None,
+    arch_arg: Annotated[list[str] | None, typer.Option(help="k=v, an argument of that callable.")] = None,
+    fold_bn: Annotated[
+        bool, typer.Option("--fold-bn", help="Fold batch norms into the layers before them first.")
+    ] = False,
+    mean_norm: Annotated[
+        bool, typer.Option("--mean-norm", help="Normalize means: of inputs (gmp, unit), of units (wn).")
+    ] = False,
+    calibrate: Annotated[
+        Path | None,
+        typer.Option(
+            help="Data that sets those means: folder of IDX files, .npz or .safetensors of one array."
+        ),
+    ] = None,
+    scale: Annotated[
+        str | None, typer.Option(help="Of gmp: outside (after the activation; default) or inside the layer.")
+    ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show the plan from headers; write nothing.")
+        bool, typer.Option("--dry-run", help="Show what would be done; write nothing.")
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing output.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Convert trained weights to another parameterization."""
+    """Convert trained weights to another parameterization.
+
+    With --arch, or graph options on a Hugging Face folder, the whole network is converted: the output layer is known,
+    batch norms fold, scales find their place.
+    """
+    graph = {"--fold-bn": fold_bn, "--mean-norm": mean_norm, "--calibrate": calibrate, "--scale": scale}
+    asked = [option for option, value in graph.items() if value]
+    if arch is not None or ((asked or to == "unit") and _describes_network(path)):
+        tensors_only = {"--layout": layout, "--theta-dtype": theta_dtype, "--exact": exact, "--axis": axis}
+        for option, value in tensors_only.items():
+            if value:
+                raise SelectionError(
+                    f"{option}: belongs to the conversion of tensors alone: leave out {option}, or leave out "
+                    f"{', '.join((['--arch'] if arch else []) + asked) or '--to unit'}"
+                )
+        _convert_model(
+            as_json,
+            path=path,
+            to=to,
+            arch=arch,
+            arch_args=parse_arch_args(arch_arg),
+            output=output,
+            include=include or (),
+            exclude=exclude or (),
+            fold_bn=fold_bn,
+            mean_norm=mean_norm,
+            calibrate=calibrate,
+            scale=scale,
+            force=force,
+            dry_run=dry_run,
+        )
+        return
+    if asked or arch_arg:
+        raise SelectionError(
+            f"{asked[0] if asked else '--arch-arg'}: needs the network: give --arch file.py:fn, or a folder with config.json"
+        )
     from reparam.checkpoint import convert_checkpoint
 
     with text.progress(f"{path.name} -> {to}") as progress:
@@ -65,7 +124,7 @@ def convert(
             layout=layout,
             theta_dtype=theta_dtype,
             exact=exact,
-            axes=_axes(axis or []),
+            axes=parse_axes(axis),
             force=force,
             dry_run=dry_run,
             progress=progress,
@@ -76,14 +135,32 @@ def convert(
         _print(report)
 
 
-def _axes(given: list[str]) -> dict[str, int]:
-    axes = {}
-    for item in given:
-        pattern, _, axis = item.rpartition("=")
-        if not pattern or not (axis.isascii() and axis.isdigit()):
-            raise SelectionError(f"--axis {item}: expected GLOB=N, such as --axis 'decoder.*=1'")
-        axes[pattern] = int(axis)
-    return axes
+def _describes_network(path: Path) -> bool:
+    from reparam.checkpoint import open_checkpoint
+    from reparam.pipeline.loading import describes_network
+
+    return describes_network(open_checkpoint(path))
+
+
+def _convert_model(as_json: bool, **options: Any) -> None:
+    from reparam import pipeline
+
+    if sys.stderr.isatty():
+        print(f"converting {options['path']} in its network", file=sys.stderr)
+    report = pipeline.convert_model(**options)
+    if as_json:
+        print(json.dumps(report.to_json()))
+        return
+    rules.print_rules(report)
+    print()
+    rules.print_others(report)
+    _print_notes(report)
+    if report.rewritten:
+        print(
+            "scales stand after activations, which the class alone does not compute: Python loads this file with "
+            "reparam.graph.apply_records; --scale inside keeps the class"
+        )
+    _print_result(report)
 
 
 def _print(report: ConversionReport) -> None:
@@ -144,7 +221,11 @@ def _print_result(report: ConversionReport) -> None:
     if report.dry_run:
         print(
             f"would convert {text.count(converted, 'layer')}: {sizes}"
-            + ("; λ is decided from the values" if report.to == "gmp" else "")
+            + (
+                "; λ is decided from the values"
+                if report.to == "gmp" and not report.roundtrip["checked"]
+                else ""
+            )
         )
         print(f"would write {report.output}")
         return
@@ -162,5 +243,7 @@ def _print_result(report: ConversionReport) -> None:
         layer.dtype in ("F16", "BF16") and layer.target == "gmp" for layer in report.with_status("converted")
     )
     reason = "; angles are float32, whatever the weights were" if grows else ""
-    print(f"converted {text.count(converted, 'layer')} in {report.seconds:.1f} s: {sizes}{reason}")
+    held = sum(layer.target == report.to for layer in report.with_status("converted"))
+    some = f" ({held} of them to {report.to})" if held != converted else ""
+    print(f"converted {text.count(converted, 'layer')}{some} in {report.seconds:.1f} s: {sizes}{reason}")
     print(f"wrote {report.output}")

@@ -17,7 +17,10 @@ def export(
     path: Annotated[Path, typer.Argument(help="Checkpoint, in any parameterization.", show_default=False)],
     onnx: Annotated[Path, typer.Option(help="The ONNX file to write.", show_default=False)],
     arch: Annotated[
-        str | None, typer.Option(help="The network: pkg.module:callable or path/to/file.py:callable.")
+        str | None,
+        typer.Option(
+            help="The network: pkg.module:callable or path/to/file.py:callable; a Hugging Face folder needs none."
+        ),
     ] = None,
     arch_arg: Annotated[list[str] | None, typer.Option(help="k=v, an argument of that callable.")] = None,
     inputs: Annotated[
@@ -52,6 +55,8 @@ def export(
         if as_json:
             print(json.dumps({"output": None, **error.report.to_json()}))
         raise
+    for note in done.notes:
+        print(note, file=sys.stderr)
     if as_json:
         print(json.dumps({"output": str(done.output), **done.report.to_json()}))
     else:

@@ -18,7 +18,10 @@ def finetune(
     data: Annotated[Path, typer.Option(help="Folder of IDX files (MNIST family).", show_default=False)],
     out: Annotated[Path, typer.Option("--out", "-o", help="Run folder.")] = Path("run"),
     arch: Annotated[
-        str | None, typer.Option(help="The network: pkg.module:callable or path/to/file.py:callable.")
+        str | None,
+        typer.Option(
+            help="The network: pkg.module:callable or path/to/file.py:callable; a Hugging Face folder needs none."
+        ),
     ] = None,
     arch_arg: Annotated[list[str] | None, typer.Option(help="k=v, an argument of that callable.")] = None,
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 50,
@@ -52,6 +55,8 @@ def finetune(
         force=force,
         on_step=lambda step, loss: print(f"step {step}/{steps}  loss {loss:.4f}", file=sys.stderr),
     )
+    for note in run.notes:
+        print(note, file=sys.stderr)
     result = run.result
     if as_json:
         value = {

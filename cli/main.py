@@ -21,6 +21,7 @@ from .demo import demo
 from .export import export
 from .finetune import finetune
 from .inspect import inspect
+from .verify import verify
 
 app = typer.Typer(
     name="reparam",
@@ -34,6 +35,7 @@ app.command()(inspect)
 app.command()(convert)
 app.command()(finetune)
 app.command()(export)
+app.command()(verify)
 app.add_typer(bench, name="bench")
 app.command()(demo)
 

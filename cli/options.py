@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from reparam.errors import ReparamError
+from reparam.errors import ReparamError, SelectionError
 
 
 def parse_arch_args(given: Sequence[str] | None) -> dict[str, str]:
@@ -20,3 +20,18 @@ def parse_arch_args(given: Sequence[str] | None) -> dict[str, str]:
             raise ReparamError(f"--arch-arg {text}: expected name=value")
         args[key] = value
     return args
+
+
+def parse_axes(given: Sequence[str] | None) -> dict[str, int]:
+    """``--axis GLOB=N`` as a dictionary.
+
+    Raises:
+        SelectionError: one of them is not of that form.
+    """
+    axes = {}
+    for item in given or ():
+        pattern, _, axis = item.rpartition("=")
+        if not pattern or not (axis.isascii() and axis.isdigit()):
+            raise SelectionError(f"--axis {item}: expected GLOB=N, such as --axis 'decoder.*=1'")
+        axes[pattern] = int(axis)
+    return axes

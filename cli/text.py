@@ -51,7 +51,7 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 _NUMBERS = frozenset(
-    {"fan-in", "units", "size", "inexact", "row error", "‖w‖ min", "‖w‖ max", "dead", "zeros"}
+    {"fan-in", "units", "layers", "size", "inexact", "row error", "‖w‖ min", "‖w‖ max", "dead", "zeros"}
 )
 
 

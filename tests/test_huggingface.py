@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pytest
 import torch
@@ -29,9 +29,8 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from reparam.graph import fold
-from reparam.graph.exchange import replace_modules
-from reparam.layers import Reparameterized, layer_class
+from reparam import Outcome, convert, fold
+from reparam.layers import Reparameterized
 
 EXACT = 1e-12  # of each output's scale
 GRADIENT = 1e-10  # of each gradient's scale: it went through the whole network and back
@@ -49,12 +48,14 @@ class Case:
         batch: what it is called with.
         layers: how many layers are to be converted, counted by hand: all linear layers and convolutions but the head.
         tied: its head shares the weight of its embedding.
+        options: of the conversion; by default a convolution that cuts patches is left, for it is named an embedding.
     """
 
     make: Callable[[], nn.Module]
     batch: Callable[[], dict[str, Tensor]]
     layers: int
     tied: bool
+    options: dict[str, list[str]] = field(default_factory=dict)
 
 
 def numbers(high: int, *shape: int, seed: int = 1) -> Tensor:
@@ -111,9 +112,17 @@ CASES = {
     # query, key, value, out, two of the MLP; the dense layer before the head
     "bert": Case(bert, words, 2 * 6 + 1, tied=True),
     # the same, and the convolution that cuts patches
-    "vit": Case(vit, lambda: {"pixel_values": images()}, 2 * 6 + 1, tied=False),
+    "vit": Case(
+        vit,
+        lambda: {"pixel_values": images()},
+        2 * 6 + 1,
+        False,
+        {"include": ["*"], "exclude": ["classifier"]},
+    ),
     # two such towers, one with a convolution, and a projection of each
-    "clip": Case(clip, lambda: words() | {"pixel_values": images()}, 2 * 2 * 6 + 1 + 2, tied=False),
+    "clip": Case(
+        clip, lambda: words() | {"pixel_values": images()}, 2 * 2 * 6 + 1 + 2, False, {"include": ["*"]}
+    ),
     # Conv1D: query, key and value in one, out, two of the MLP
     "gpt2": Case(gpt2, words, 2 * 4, tied=True),
     # query, key, value, out, gate, up, down
@@ -127,17 +136,6 @@ def original(name: str) -> nn.Module:
     """The model in float64 and evaluation mode; no bias is zero, no norm's weight one."""
     torch.manual_seed(0)
     return perturb(CASES[name].make().double().eval(), 0.1)
-
-
-def convert(model: nn.Module, form: str) -> nn.Module:
-    """Every layer but the output layer."""
-    heads = {model.get_output_embeddings(), getattr(model, "classifier", None)}
-
-    def replacement(module: nn.Module) -> nn.Module | None:
-        cls = layer_class(form, type(module))
-        return None if cls is None or module in heads else cls.from_plain(module)
-
-    return replace_modules(model, replacement)
 
 
 def converted_layers(model: nn.Module) -> list[Reparameterized]:
@@ -204,7 +202,7 @@ def assert_tied(model: nn.Module, name: str) -> None:
 def test_computes_what_the_original_computes(name: str, form: str) -> None:
     plain = original(name)
     before = copy.deepcopy(plain.state_dict())
-    model = convert(plain, form)
+    model = convert(plain, form, scale="inside", **CASES[name].options)
     assert len(converted_layers(model)) == CASES[name].layers
     assert not any(type(m) in (nn.Conv2d, Conv1D) for m in model.modules())
     assert worst(outputs(model, name), outputs(plain, name)) <= EXACT
@@ -214,10 +212,36 @@ def test_computes_what_the_original_computes(name: str, form: str) -> None:
     assert all(torch.equal(plain.state_dict()[key], value) for key, value in before.items())
 
 
+@pytest.mark.parametrize(
+    ("name", "left"),
+    [
+        ("bert", {"cls.predictions.decoder": "output layer, says the model"}),
+        (
+            "vit",
+            {
+                "vit.embeddings.patch_embeddings.projection": "default list (*embed*)",
+                "classifier": "default list",
+            },
+        ),
+        ("clip", {"vision_model.embeddings.patch_embedding": "default list (*embed*)"}),
+        ("gpt2", {"lm_head": "output layer, says the model"}),
+        ("llama", {"lm_head": "output layer, says the model"}),
+    ],
+)
+def test_what_is_left_by_default(name: str, left: dict[str, str]) -> None:
+    report: list[Outcome] = []
+    model = convert(original(name), "wn", report=report)
+    said = {o.layer: o.why for o in report if o.rule == "swap" and not o.applied}
+    assert said.keys() == left.keys()
+    assert all(reason in said[layer] for layer, reason in left.items())
+    assert len(converted_layers(model)) == CASES[name].layers - (name in ("vit", "clip"))
+    assert sum(o.rule == "graph" and "layers are chosen by their names" in o.why for o in report) == 1
+
+
 @pytest.mark.parametrize(("name", "form"), EVERY)
 def test_trains(name: str, form: str) -> None:
     plain = original(name).train()
-    model = convert(plain, form)
+    model = convert(plain, form, scale="inside", **CASES[name].options)
     loss = loss_of(model, name)
     expected = loss_of(plain, name)
     assert abs(float((loss - expected).detach())) <= EXACT * float(expected.detach())
@@ -253,7 +277,7 @@ def test_trains(name: str, form: str) -> None:
 @pytest.mark.parametrize(("name", "form"), EVERY)
 def test_folds_into_the_original_class(name: str, form: str) -> None:
     plain = original(name)
-    model = convert(plain, form)
+    model = convert(plain, form, scale="inside", **CASES[name].options)
     for i, layer in enumerate(converted_layers(model)):
         perturb(layer, 0.3, seed=i)
     if form == "gmp":

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from reparam.cli.main import main
@@ -11,7 +13,9 @@ from reparam.cli.main import main
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DEMO = README.partition("<!-- demo:begin -->\n```text\n")[2].partition("\n```\n<!-- demo:end -->")[0]
-COMMANDS = re.findall(r"^\$ reparam (\w+ .*?)(?: +#.*)?$", README.replace(DEMO, ""), flags=re.MULTILINE)
+WHOLE = README.partition("<!-- whole:begin -->\n```text\n")[2].partition("\n```\n<!-- whole:end -->")[0]
+SHOWN = README.replace(DEMO, "").replace(WHOLE, "")
+COMMANDS = re.findall(r"^\$ reparam (\w+ .*?)(?: +#.*)?$", SHOWN, flags=re.MULTILINE)
 
 
 def test_ci_calls_the_test_command_word_for_word() -> None:
@@ -75,6 +79,49 @@ def _without_figures(text: str) -> str:
     # The input with the largest error, and the element where it is, are figures too.
     text = re.sub(r"linear\[.*?\], input \[.*?\] at scale \S+", "linear", text.strip())
     return re.sub(r"\d[\d,.]*(e-?\d+)?", "#", text)
+
+
+def test_the_whole_model_conversion_prints_what_is_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On the files the demo leaves, word for word but for figures."""
+    import reparam.demo
+
+    data = tmp_path / "reparam-demo" / "data"
+    shutil.copytree(Path(reparam.demo.__file__).parent / "data", data)
+    (data / "small_cnn.safetensors").rename(data.parent / "small_cnn.safetensors")
+    monkeypatch.chdir(tmp_path)
+    parts = re.findall(r"^\$ reparam (.*)\n((?:(?!\$).*\n?)*)", WHOLE, flags=re.MULTILINE)
+    assert len(parts) == 2
+    for command, output in parts:
+        assert main(command.split()) == 0
+        printed = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+        assert _without_figures("\n".join(printed)) == _without_figures(output)
+
+
+def test_the_whole_model_snippet_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lines as they stand."""
+    import torch
+    from torch import nn
+
+    import reparam
+
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(16, 3)
+    ).eval()
+    monkeypatch.chdir(tmp_path)
+    block = next(b for b in re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL) if "fold_bn" in b)
+    x = torch.randn(5, 1, 7, 7)
+    scope: dict[str, Any] = {"net": net, "batches": [x]}
+    exec(block.replace("\n...", "\n#"), scope)
+    assert {outcome.rule for outcome in scope["report"] if outcome.applied} == {
+        "fold batch norm", "swap", "place scale", "mean normalization", "calibrate",
+    }  # fmt: skip
+    assert type(scope["model"]).__name__ == "RewrittenSequential"
+    assert type(scope["plain"]) is nn.Sequential
+    torch.testing.assert_close(scope["plain"](x), net(x), rtol=0, atol=1e-6)
+    assert set(reparam.load_state_dict("model.gmp.safetensors")[1]) == {"0.weight"}
 
 
 def test_the_loop_of_your_own_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

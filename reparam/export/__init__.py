@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from reparam.export.onnx import export_onnx_model
+from reparam.export.onnx import Exported, export_onnx_model
 
-__all__ = ["export_onnx_model"]
+__all__ = ["Exported", "export_onnx_model"]

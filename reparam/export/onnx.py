@@ -1,13 +1,20 @@
-"""A plain model as an ONNX file, by torch's own exporter: quietly, and without the machine's paths in it."""
+"""A plain model as an ONNX file, by torch's own exporter: quietly, small, and without the machine's paths in it.
+
+    model → (cast) → torch.onnx.export → names of weights found → metadata → (data file, then) the ONNX file
+
+The graph is the exporter's: same operators, same names. Beside it the file says which initializer holds which weight.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import io
+import json
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,15 +22,37 @@ import torch
 from torch import Tensor, nn
 
 from reparam.errors import CheckFailedError, ReparamError
+from reparam.export.casting import cast_model, cast_specs
+from reparam.export.initializers import Held, hold_as_mapped, move_outside, nbytes
 from reparam.graph.inputs import InputSpec
+from reparam.onnxfile.mapping import Found, find_map
+from reparam.onnxfile.metadata import UNUSED
+from reparam.onnxfile.weight_map import KEY
 
 if TYPE_CHECKING:
     from torch.onnx import ONNXProgram
 
+#: Files up to this size hold their values themselves; protobuf ends at 2³¹ bytes, graph and metadata included.
+LARGEST = 2_000_000_000
 # Extents of the dynamic axes while capturing; 0 and 1 would be specialized.
 _CAPTURED_FIRST, _CAPTURED_OTHER = 2, 32
-# The exporter notes for every node which lines of which files made it: paths of the user's machine.
-_STACK_TRACE = "pkg.torch.onnx.stack_trace"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export wrote.
+
+    Attributes:
+        specs: the inputs of the file, floating ones in the type the model was cast to.
+        found: which initializer holds which weight.
+        unused: keys that the graph does not compute with.
+        data: the file beside it that holds the values; None if it holds them itself.
+    """
+
+    specs: tuple[InputSpec, ...]
+    found: Found
+    unused: tuple[str, ...]
+    data: Path | None
 
 
 def example_inputs(specs: Sequence[InputSpec]) -> tuple[Tensor, ...]:
@@ -35,18 +64,30 @@ def example_inputs(specs: Sequence[InputSpec]) -> tuple[Tensor, ...]:
 
 
 def export_onnx_model(
-    model: nn.Module, specs: Sequence[InputSpec], path: Path, opset: int | None = None
-) -> None:
-    """Export a plain model to one ONNX file and wait until it is on disk.
+    model: nn.Module,
+    specs: Sequence[InputSpec],
+    path: Path,
+    opset: int | None = None,
+    dtype: str | None = None,
+    *,
+    metadata: Mapping[str, str] | None = None,
+    target: Path | None = None,
+    largest: int = LARGEST,
+) -> Exported:
+    """Export a plain model and wait until it is on disk.
 
     Args:
-        model: in evaluation mode; takes the inputs positionally.
+        model: in evaluation mode, on the CPU; takes the inputs positionally. Not changed.
         specs: its inputs, in order. Their dynamic axes stay dynamic in the file, under the same names.
         path: where to write; replaced if it exists.
         opset: version of the default operator set, the exporter's default without.
+        dtype: "fp16" or "bf16": all of the model, and its floating inputs and outputs, are cast to it.
+        metadata: properties of the file, see :mod:`reparam.onnxfile.metadata`; the map of its weights is added.
+        target: the name ``path`` will have in the end, after which a data file is named.
+        largest: bytes of values; of more, they lie in a data file beside the ONNX file, which is written first.
 
     Raises:
-        ReparamError: the model is in training mode, or does not take such inputs.
+        ReparamError: the model is in training mode, or does not take such inputs, or does not fit the type.
         CheckFailedError: it cannot be exported, or an axis named dynamic is fixed inside the model.
     """
     training = [name or type(module).__name__ for name, module in model.named_modules() if module.training]
@@ -54,8 +95,29 @@ def export_onnx_model(
         raise ReparamError(
             f"the model is in training mode ({training[0]}): call model.eval() before exporting"
         )
+    if dtype is not None:
+        model, specs = cast_model(model, dtype), cast_specs(specs, dtype)
     inputs = example_inputs(specs)
     _dry_run(model, inputs)
+    program = _export(model, inputs, specs, opset)
+    _require_dynamic(program, specs)
+    _anonymize(program)
+    found, unused = _map(program, model)
+    said = {**(metadata or {}), KEY: found.weights.dump(), UNUSED: json.dumps(unused)}
+    program.model.metadata_props.update(said)
+    data = None
+    if sum(map(nbytes, program.model.graph.initializers.values())) > largest:
+        data = move_outside(program, target or path)
+    with _quiet():
+        program.save(path, external_data=False)
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    return Exported(tuple(specs), found, tuple(unused), data)
+
+
+def _export(
+    model: nn.Module, inputs: tuple[Tensor, ...], specs: Sequence[InputSpec], opset: int | None
+) -> ONNXProgram:
     dims = {axis: torch.export.Dim(axis, min=1) for spec in specs for axis in spec.dynamic}
     shapes = tuple({i: dims[a] for i, a in enumerate(spec.axes) if isinstance(a, str)} for spec in specs)
     with _quiet():
@@ -71,12 +133,35 @@ def export_onnx_model(
             )
         except Exception as error:  # exporters raise whatever the captured code raises
             raise CheckFailedError(f"the model cannot be exported: {_root_cause(error)}") from error
-        assert program is not None
-        _require_dynamic(program, specs)
-        _anonymize(program)
-        program.save(path, external_data=False)
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    assert program is not None
+    return program
+
+
+def _map(program: ONNXProgram, model: nn.Module) -> tuple[Found, list[str]]:
+    """Which initializer holds which weight, and the keys that are not computed with."""
+    state = {key: x.detach().cpu() for key, x in model.state_dict().items()}
+    eps = {
+        name: module.eps
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, nn.modules.batchnorm._BatchNorm)
+    }
+    initializers = {name: Held(value) for name, value in program.model.graph.initializers.items()}
+    found = find_map({name: held for name, held in initializers.items() if held.is_known}, state, eps)
+    hold_as_mapped(program, found.weights, state)
+    return found, sorted(set(found.uncovered) - _used(program))
+
+
+def _used(program: ONNXProgram) -> set[str]:
+    """The keys that the captured program computes with."""
+    exported = program.exported_program
+    assert exported is not None
+    signature = exported.graph_signature
+    targets = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    return {
+        targets[n.name]
+        for n in exported.graph.nodes
+        if n.op == "placeholder" and n.name in targets and n.users
+    }
 
 
 def _dry_run(model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -101,11 +186,19 @@ def _require_dynamic(program: ONNXProgram, specs: Sequence[InputSpec]) -> None:
 
 
 def _anonymize(program: ONNXProgram) -> None:
-    for node in program.model.graph.all_nodes():
-        node.metadata_props.pop(_STACK_TRACE, None)
-    for function in program.model.functions.values():
-        for node in function.all_nodes():
-            node.metadata_props.pop(_STACK_TRACE, None)
+    """Drop what the exporter notes of every node: the lines of the files that made it, classes, its own workings."""
+    graphs = [program.model.graph, *(function.graph for function in program.model.functions.values())]
+    program.model.doc_string = None
+    for graph in graphs:
+        graph.metadata_props.clear()
+        graph.doc_string = None
+        for node in graph.all_nodes():
+            node.metadata_props.clear()
+            node.doc_string = None
+            for value in node.outputs:
+                value.metadata_props.clear()
+        for value in (*graph.inputs, *graph.initializers.values()):
+            value.metadata_props.clear()
 
 
 @contextlib.contextmanager

@@ -16,11 +16,18 @@ from functools import reduce
 from pathlib import Path
 from types import ModuleType
 
+import torch
 from torch import Tensor, nn
 
+from reparam.checkpoint import dialects
+from reparam.checkpoint.metadata import LayerRecord
+from reparam.dtypes import torch_dtype
 from reparam.errors import ArchitectureError
 
 _LISTED = 8
+_SHAPES = 3
+#: what a wrapper puts before every key of the model it wraps: DataParallel and DDP, torch.compile
+_WRAPPERS = ("module.", "_orig_mod.")
 
 
 def load_architecture(ref: str, args: Mapping[str, str] | None = None) -> nn.Module:
@@ -50,28 +57,54 @@ def load_architecture(ref: str, args: Mapping[str, str] | None = None) -> nn.Mod
             model = build(**{key: _literal(value) for key, value in (args or {}).items()})
         except Exception as error:
             raise ArchitectureError(
-                f"--arch {ref}: `{name}` raised {_told(error)} (--arch-arg gives it arguments)"
+                f"--arch {ref}: `{name}` raised {told(error)} (--arch-arg gives it arguments)"
             ) from error
     if not isinstance(model, nn.Module):
         raise ArchitectureError(f"--arch {ref}: `{name}` returned a {type(model).__name__}, not an nn.Module")
     return model
 
 
+def wrapper_prefix(keys: Iterable[str], own: Iterable[str]) -> str:
+    """What a wrapper that the architecture lacks left before every key of a file: "module.", "_orig_mod.", both, or "".
+
+    Args:
+        keys: of the file.
+        own: keys of the architecture.
+    """
+    keys, own, prefix = list(keys), list(own), ""
+    while keys:
+        found = next((w for w in _WRAPPERS if all(key.startswith(prefix + w) for key in keys)), None)
+        if found is None or any(key.startswith(found) for key in own):
+            break
+        prefix += found
+    return prefix
+
+
 def load_into(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
     """Load ``tensors`` into ``model``, strictly.
 
     Args:
-        model: filled in place; every key and shape of its state_dict must match.
+        model: filled in place; every key and shape of its state_dict must match. Of the keys of one shared parameter
+            a file may lack all but one.
         tensors: values by key; cast to the model's dtypes.
         where: the file, for messages.
 
     Raises:
-        ArchitectureError: keys are missing or unexpected, or shapes differ; nothing was loaded.
+        ArchitectureError: keys are missing or unexpected, shapes differ, or a shared parameter would have two values;
+            nothing was loaded.
     """
-    own = model.state_dict()
+    own = model.state_dict(keep_vars=True)
     problems = []
+    shared: dict[int, list[str]] = {}
+    for key, value in own.items():
+        if key in tensors:
+            shared.setdefault(id(value), []).append(key)
     # Files from before torch 0.4.1 lack BatchNorm's counter, which nothing is computed with; torch fills it in too.
-    missing = {k for k in own.keys() - tensors.keys() if not k.endswith("num_batches_tracked")}
+    missing = {
+        key
+        for key, value in own.items()
+        if key not in tensors and id(value) not in shared and not key.endswith("num_batches_tracked")
+    }
     unexpected = tensors.keys() - own.keys()
     if missing:
         problems.append(f"missing from the file: {_patterns(missing)}")
@@ -84,11 +117,41 @@ def load_into(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> No
     ]
     if shapes:
         problems.append(
-            "; ".join(shapes[:_LISTED]) + (f" and {len(shapes) - _LISTED} more" * (len(shapes) > _LISTED))
+            "; ".join(shapes[:_SHAPES]) + (f" and {len(shapes) - _SHAPES} more" * (len(shapes) > _SHAPES))
         )
+    problems += [
+        f"{first} and {other} differ in the file and are one parameter in the architecture"
+        for first, *others in shared.values()
+        for other in others
+        if tensors[first] is not tensors[other] and not torch.equal(tensors[first], tensors[other])
+    ]
     if problems:
         raise ArchitectureError(f"{where} does not fit {type(model).__name__}: {'; '.join(problems)}")
-    model.load_state_dict({**own, **tensors})
+    model.load_state_dict({**model.state_dict(), **tensors})
+
+
+def hold_as(model: nn.Module, tensors: Mapping[str, Tensor], records: Mapping[str, LayerRecord]) -> None:
+    """Cast a plain architecture's parameters and buffers to the dtypes a file has them in, in place.
+
+    Args:
+        model: shared parameters stay shared.
+        tensors: of the file, by key.
+        records: of its reparameterized layers: those are cast to the dtypes of their plain weight and bias.
+    """
+    dtypes = {key: tensor.dtype for key, tensor in tensors.items()}
+    for key, record in records.items():
+        dtypes[key] = torch_dtype(record.spec.dtype)
+        if record.spec.bias_dtype is not None:
+            dtypes[dialects.bias_key(key)] = torch_dtype(record.spec.bias_dtype)
+    for key, value in model.state_dict(keep_vars=True).items():
+        dtype = dtypes.get(key)
+        if (
+            dtype is not None
+            and dtype.is_floating_point
+            and isinstance(value, Tensor)
+            and value.is_floating_point()
+        ):
+            value.data = value.data.to(dtype)
 
 
 def _load_file(ref: str, path: Path) -> ModuleType:
@@ -106,7 +169,7 @@ def _load_file(ref: str, path: Path) -> ModuleType:
         spec.loader.exec_module(module)
     except Exception as error:
         del sys.modules[name]
-        raise ArchitectureError(f"--arch {ref}: `{path}` raised {_told(error)}") from error
+        raise ArchitectureError(f"--arch {ref}: `{path}` raised {told(error)}") from error
     return module
 
 
@@ -116,7 +179,7 @@ def _load_module(ref: str, name: str) -> ModuleType:
     except Exception as error:
         if isinstance(error, ModuleNotFoundError) and error.name and f"{name}.".startswith(f"{error.name}."):
             raise ArchitectureError(f"--arch {ref}: no module `{error.name}`") from error
-        raise ArchitectureError(f"--arch {ref}: importing `{name}` raised {_told(error)}") from error
+        raise ArchitectureError(f"--arch {ref}: importing `{name}` raised {told(error)}") from error
 
 
 @contextmanager
@@ -137,7 +200,8 @@ def _literal(text: str) -> object:
         return text
 
 
-def _told(error: Exception) -> str:
+def told(error: Exception) -> str:
+    """An exception in one line."""
     lines = str(error).splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 

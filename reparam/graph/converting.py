@@ -7,7 +7,6 @@ Every step is a rule that leaves what the model computes in evaluation mode as i
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Collection, Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, Literal
@@ -17,6 +16,7 @@ from torch import fx, nn
 from reparam.checkpoint.selection import SKIPPED_BY_NAME
 from reparam.errors import SelectionError
 from reparam.graph.capture import Capture, capture
+from reparam.graph.exchange import replace_modules
 from reparam.graph.folding import fold
 from reparam.graph.outcome import Outcome
 from reparam.graph.rules import swap
@@ -24,7 +24,7 @@ from reparam.graph.rules.batch_norm import fold_batch_norms
 from reparam.graph.rules.mean_norm import calibrate_means, insert_means
 from reparam.graph.rules.scale import place_scales
 from reparam.graph.rules.unit_norm import unit_norms
-from reparam.layers import Reparameterized
+from reparam.layers import Reparameterized, layer_class
 from reparam.layers.kinds import KINDS
 
 TARGETS = ("sp", "wn", "gmp", "unit")
@@ -72,15 +72,16 @@ def convert(
         ReparamError: calibration has no or unusable data.
     """
     outcomes = [] if report is None else report
-    kind = _check(to, mean_norm, calibrate, scale)
+    before = len(outcomes)
+    kind = _check(to, mean_norm, momentum, calibrate, scale)
     if any(isinstance(module, Reparameterized) for module in model.modules()):
         copied = fold(model, outcomes)
     else:
-        copied = copy.deepcopy(model)
+        copied = replace_modules(model, lambda module: None)
     if fold_bn:
         outcomes += fold_batch_norms(copied)
     if to == "sp":
-        if not any(outcome.applied for outcome in outcomes):
+        if not any(outcome.applied for outcome in outcomes[before:]):
             raise SelectionError(
                 f"{type(model).__name__} holds plain weights already: nothing to convert to sp"
             )
@@ -90,8 +91,10 @@ def convert(
     outcomes += done
     converted = [outcome.layer for outcome in done if outcome.applied]
     if not converted:
-        reasons = "; ".join(f"{o.layer}: {o.why}" for o in [*outcomes, *done][:3])
-        raise SelectionError(f"nothing of {type(model).__name__} can be converted to {to}: {reasons}")
+        # What stood in the way of a chosen layer says more than why others were not chosen.
+        reasons = dict.fromkeys(f"{o.layer}: {o.why}".removeprefix(": ") for o in [*done, *outcomes[before:]])
+        few = "; ".join(list(reasons)[:3])
+        raise SelectionError(f"nothing of {type(model).__name__} can be converted to {to}: {few}")
     if to == "gmp" and scale == "outside":
         copied, placed = place_scales(copied, converted)
         outcomes += placed
@@ -103,7 +106,7 @@ def convert(
 
 
 def _check(
-    to: str, mean_norm: bool | str, calibrate: Iterable[Any] | None, scale: str
+    to: str, mean_norm: bool | str, momentum: float, calibrate: Iterable[Any] | None, scale: str
 ) -> Literal["mn", "mbn"] | None:
     """The mean normalization that is asked for."""
     if to not in TARGETS:
@@ -117,6 +120,10 @@ def _check(
         kind = _MEANS[to] if mean_norm is True else mean_norm
         if kind not in ("mn", "mbn"):
             raise SelectionError(f"mean_norm {mean_norm!r}: mn or mbn")
+    if not 0 <= momentum <= 1:
+        raise SelectionError(
+            f"momentum {momentum}: from 0, the running means stay, to 1, they are the last batch's"
+        )
     if calibrate is not None and kind is None:
         raise SelectionError("calibration sets the running means of mean normalization: ask for that too")
     return kind  # type: ignore[return-value]
@@ -135,10 +142,9 @@ def _choose(
     for option, globs in (("include", include), ("exclude", exclude)):
         for glob in globs:
             if not any(fnmatchcase(name, glob) for name in layers):
-                some = ", ".join(list(layers)[:3])
-                raise SelectionError(f"{option} {glob}: matches no layer (there are {some}, …)")
+                raise SelectionError(f"{option} {glob}: {_unmatched(model, to, glob, list(layers))}")
     captured = capture(model)
-    outputs = output_layers(captured, layers.values())
+    outputs = output_layers(captured)
     if captured.untraceable is not None and select is None and not include:
         outcomes.append(
             Outcome("graph", "", False, f"{captured.untraceable}: layers are chosen by their names")
@@ -183,18 +189,44 @@ def _against(
     return None if glob is None else f"name is on the default list ({glob})"
 
 
-def output_layers(captured: Capture, layers: Iterable[nn.Module]) -> set[nn.Module]:
-    """The layers whose result reaches an output of the network through no other layer; none without a graph."""
-    known, found, seen = set(layers), set(), set()
-    todo: list[fx.Node] = [node for node in captured.nodes() if node.op == "output"]
+def _unmatched(model: nn.Module, to: str, glob: str, layers: Sequence[str]) -> str:
+    """Why a glob takes none of the layers that can be converted."""
+    for name, module in model.named_modules():
+        if fnmatchcase(name, glob) and any(isinstance(module, plain) for plain in KINDS):
+            return f"`{name}`: {swap.unfit(module, to)}"
+    return f"matches no layer (there are {', '.join(layers[:3])}, …)"
+
+
+def output_layers(captured: Capture) -> set[nn.Module]:
+    """The layers whose result reaches an output of the network through no other layer; none without a graph.
+
+    Layers that no parameterization can hold count, so that none before them is taken for the last.
+    """
+    found: set[nn.Module] = set()
+    seen: set[fx.Node] = set()
+    todo = [node for node in captured.nodes() if node.op == "output"]
     while todo:
         node = todo.pop()
         if node in seen:
             continue
         seen.add(node)
-        module = captured.module(node)
-        if module in known and module is not None:
-            found.add(module)
-        else:
+        layer = _layer(captured, node)
+        if layer is None:
             todo += node.all_input_nodes
+        else:
+            found.add(layer)
     return found
+
+
+def _layer(captured: Capture, node: fx.Node) -> nn.Module | None:
+    """The layer a node is a call of, or one inside what the graph does not show, as torch's transformers.
+
+    A subclass of a layer is seen by an operation that takes its weight.
+    """
+    read = [str(n.target).rpartition(".")[0] for n in node.all_input_nodes if n.op == "get_attr"]
+    called = captured.module(node)
+    inside = [] if called is None else called.modules()
+    for module in (*inside, *(captured.model.get_submodule(name) for name in read)):
+        if isinstance(module, tuple(KINDS)) or layer_class("gmp", type(module)):
+            return module
+    return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 
-from torch import nn
+from torch import Tensor, nn
 
 
 def replace_modules(model: nn.Module, replacement: Callable[[nn.Module], nn.Module | None]) -> nn.Module:
@@ -19,8 +19,14 @@ def replace_modules(model: nn.Module, replacement: Callable[[nn.Module], nn.Modu
         The copy. A replaced module is replaced wherever it is used, and the children it has in common with the module
         it replaces are copied and replaced like all others; shared modules and tensors stay shared.
     """
-    # deepcopy takes what its memo holds for an object's copy: sharing is kept without bookkeeping of our own.
-    memo: dict[int, object] = {}
+    # deepcopy takes what its memo holds for an object's copy: sharing is kept without bookkeeping of our own. It refuses
+    # tensors with a history, which hooks of torch.nn.utils (weight norm) leave and compute anew before every call.
+    memo: dict[int, object] = {
+        id(value): value.detach().clone()
+        for module in model.modules()
+        for value in vars(module).values()
+        if isinstance(value, Tensor) and not value.is_leaf
+    }
     exchanged: list[tuple[nn.Module, nn.Module]] = []
     for module in model.modules():
         new = replacement(module)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
+from reparam.checkpoint.dialects import WEIGHT_ROLES
 from reparam.errors import ReparamError
 from reparam.graph.capture import Capture, capture
 from reparam.graph.columns import scale_columns
@@ -50,10 +51,15 @@ def fold(model: nn.Module, report: list[Outcome] | None = None) -> nn.Module:
         if captured and layer.scale_outside
     }
 
+    first: dict[tuple[object, ...], nn.Parameter] = {}
+
     def folded(module: nn.Module) -> nn.Module | None:
         if not isinstance(module, Reparameterized):
             return None
-        return module.fold(scales[module].r.abs() if module in scales else None)
+        scale = scales.get(module)
+        plain = module.fold(scale.r.abs() if scale else None)
+        _tie(module, plain, first, scale is not None and bool((scale.r < 0).any()))
+        return plain
 
     copy = replace_modules(model, folded)
     settled: dict[str, str] = {}
@@ -67,6 +73,19 @@ def fold(model: nn.Module, report: list[Outcome] | None = None) -> nn.Module:
         if report is not None:
             report.append(Outcome(RULE, name, True, why))
     return copy
+
+
+def _tie(
+    layer: Reparameterized, plain: nn.Module, first: dict[tuple[object, ...], nn.Parameter], absolute: bool
+) -> None:
+    """Have ``plain`` share the weights ``layer`` shares, apart from those that hold the absolute value of another r."""
+    for name in layer.held:
+        weight = plain._parameters[name]
+        assert weight is not None
+        held = (id(p) for role, p in layer.tensors(name).items() if role in WEIGHT_ROLES)
+        plain._parameters[name] = first.setdefault((absolute, *held), weight)
+    if isinstance(plain, nn.RNNBase):
+        plain._init_flat_weights()
 
 
 @dataclass(frozen=True)

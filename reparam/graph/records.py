@@ -16,6 +16,7 @@ from reparam.checkpoint.metadata import LayerRecord
 from reparam.dtypes import code_of
 from reparam.errors import ArchitectureError
 from reparam.graph.exchange import replace_modules
+from reparam.graph.inplace import become
 from reparam.graph.outcome import Outcome
 from reparam.graph.rewritten import Rewritten
 from reparam.graph.rules.batch_norm import FoldedBatchNorm
@@ -95,7 +96,9 @@ def apply_records(model: nn.Module, records: Mapping[str, LayerRecord]) -> nn.Mo
     def replacement(module: nn.Module) -> nn.Module | None:
         if id(module) not in chosen:
             return None
-        found = chosen[id(module)]
+        of_file = chosen[id(module)]
+        # In the layer's order, which parameters and so the states of optimizers are counted in; a file's is another.
+        found = {name: of_file[name] for name in weight_names(module) if name in of_file}
         key, record = next(iter(found.values()))
         cls = layer_class(record.kind, type(module))
         assert cls is not None
@@ -123,16 +126,14 @@ def _without_batch_norms(model: nn.Module, records: Mapping[str, LayerRecord]) -
         return model
     copy = replace_modules(model, lambda module: None)
     for name, norm in folded.items():
-        owner, _, child = norm.rpartition(".")
         layer = copy.get_submodule(name)
         try:
-            holder = copy.get_submodule(owner)
-            holder.get_submodule(child)
+            module = copy.get_submodule(norm)
         except AttributeError:
             raise ArchitectureError(
                 f"the file has the batch norm `{norm}` folded into `{name}`, {type(model).__name__} has no `{norm}`"
             ) from None
-        holder.register_module(child, FoldedBatchNorm(name))
+        become(module, FoldedBatchNorm(name).train(module.training))
         weight = layer._parameters.get("weight")
         if weight is not None and layer._parameters.get("bias") is None:
             units = KINDS[type(layer)].unit(layer).units(tuple(weight.shape)) if type(layer) in KINDS else 0

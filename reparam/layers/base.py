@@ -113,7 +113,7 @@ class Reparameterized(WideModule):
                 held.bias_role,
                 self.scale_outside,
                 self.mean.kind if self.mean is not None and name in normalized else None,
-                self.mean.momentum if self.mean is not None else 0.01,
+                self.mean.momentum if self.mean is not None and name in normalized else 0.01,
                 self.gained_bias and name in normalized,
             )
             for name, held in self.held.items()

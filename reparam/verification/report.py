@@ -1,4 +1,4 @@
-"""The result of a verification."""
+"""The result of a verification: what was checked, by which of the three proofs, and what else is to be known."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from reparam.errors import CheckFailedError
+
+#: the three proofs, in the order of a report; checks of two checkpoints belong to "weights"
+PROOFS = ("weights", "algebra", "deployment")
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,7 @@ class Check:
         noise_floor: the same error of the original itself at the deployed dtype, at least 2⁻²⁴.
         tolerance: the bound on ``max_rel``.
         where: which output and input, or what went wrong.
+        proof: one of :data:`PROOFS`.
     """
 
     name: str
@@ -29,23 +33,36 @@ class Check:
     noise_floor: float | None = None
     tolerance: float | None = None
     where: str | None = None
+    proof: str = "deployment"
 
     def __str__(self) -> str:
         """One line for people."""
         text = f"{'ok  ' if self.passed else 'FAIL'} {self.name}"
-        if self.max_rel is not None and self.noise_floor is not None and self.tolerance is not None:
-            text += (
-                f": {self.max_rel:.1e} of the output's scale, {self.max_rel / self.noise_floor:.1f} x the "
-                f"original's own error (at most {self.tolerance / self.noise_floor:.0f} x)"
-            )
+        if self.max_rel is not None and self.tolerance is not None:
+            text += f": {self.max_rel:.1e} of its scale"
+            if self.noise_floor is not None:
+                text += (
+                    f", {self.max_rel / self.noise_floor:.1f} x the original's own error "
+                    f"(at most {self.tolerance / self.noise_floor:.0f} x)"
+                )
+            else:
+                text += f" (at most {self.tolerance:.1e})"
         return text + (f"; {self.where}" if self.where else "")
 
 
 @dataclass(frozen=True)
 class Report:
-    """All checks of one verification; ``passed`` only where there are some and every one did."""
+    """All checks of one verification; ``passed`` only where there are some and every one did.
+
+    Attributes:
+        checks: what was checked.
+        notes: what was not, or otherwise than asked: a line each.
+        diverges: on failure, the state_dict key at which the file first departs from the original, if it was found.
+    """
 
     checks: tuple[Check, ...]
+    notes: tuple[str, ...] = ()
+    diverges: str | None = None
 
     @property
     def passed(self) -> bool:
@@ -55,9 +72,39 @@ class Report:
     def failures(self) -> tuple[Check, ...]:
         return tuple(check for check in self.checks if not check.passed)
 
+    def proof(self, name: str) -> tuple[Check, ...]:
+        """The checks of one proof, none where it was not run."""
+        return tuple(check for check in self.checks if check.proof == name)
+
+    def lines(self) -> list[str]:
+        """The report for people: each proof's verdict, its checks below, then what is to be known."""
+        lines = []
+        for name in PROOFS:
+            checks = self.proof(name)
+            if checks:
+                lines.append(f"{name}: {'passed' if all(c.passed for c in checks) else 'FAILED'}")
+                lines += [f"  {check}" for check in checks]
+            else:
+                lines.append(f"{name}: not run")
+        if self.diverges:
+            lines.append(f"first differs at `{self.diverges}`")
+        return lines + [f"note: {note}" for note in self.notes]
+
     def to_json(self) -> dict[str, Any]:
-        """The object ``--json`` prints: ``{"passed", "checks": [{"name", "passed", ...}]}``."""
-        return {"passed": self.passed, "checks": [asdict(check) for check in self.checks]}
+        """The object ``--json`` prints: ``{"passed", "proofs", "checks": [...], "diverges", "notes"}``.
+
+        ``proofs`` says of each whether it passed, null where it was not run.
+        """
+        proofs = {name: self.proof(name) for name in PROOFS}
+        return {
+            "passed": self.passed,
+            "proofs": {
+                name: all(c.passed for c in found) if found else None for name, found in proofs.items()
+            },
+            "checks": [asdict(check) for check in self.checks],
+            "diverges": self.diverges,
+            "notes": list(self.notes),
+        }
 
 
 class VerificationError(CheckFailedError):

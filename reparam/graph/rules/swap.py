@@ -121,5 +121,8 @@ def _shared(model: nn.Module, module: nn.Module, chosen: Collection[nn.Module], 
             id(other._parameters.get(n)) for n in names
         ]
         if not alike or other not in chosen or unfit(other, form) is not None:
-            return f"its weight is shared with {sharers(model, module, list(own.values()))}: include both, or neither"
+            others = sharers(model, module, list(own.values()))
+            if not alike or unfit(other, form) is not None:
+                return f"its weight is shared with {others} ({type(other).__name__}), which cannot share it converted"
+            return f"its weight is shared with {others}: include both, or neither"
     return None

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from reparam.errors import ReparamError
 from reparam.graph.capture import Capture, capture
 from reparam.graph.columns import linear_kind, scaled_columns
-from reparam.graph.inplace import become, fixed
+from reparam.graph.inplace import become, fixed, named
 from reparam.graph.outcome import Outcome
 from reparam.graph.walk import Consumer, linear_consumers
 from reparam.layers import Reparameterized, layer_class
@@ -64,7 +64,10 @@ def _bring_in(captured: Capture, layer: nn.Module) -> tuple[bool, str]:
         return False, consumers
     cls = layer_class("unit", type(layer))
     assert cls is not None
-    unit = cls.from_plain(layer)
+    try:
+        unit = cls.from_plain(layer)
+    except ReparamError as error:
+        raise type(error)(f"{named(captured, layer)}: {error}") from error
     assert isinstance(unit.form, UnitNormForm)
     scale = unit.form.pushed_scale(unit.tensors()["weight_v"], unit.record().spec)
     pushed = [_rounded(consumer, scale) for consumer in consumers]

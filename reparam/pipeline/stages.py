@@ -1,4 +1,4 @@
-"""The stages, one after the other. They do not know one another; this module does."""
+"""Fine-tuning a checkpoint, and exporting one."""
 
 from __future__ import annotations
 
@@ -9,37 +9,35 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from reparam.checkpoint.staging import refuse_existing, staged
-from reparam.errors import ArchitectureError, OutputError, ReparamError
+from reparam.errors import OutputError, ReparamError
+from reparam.pipeline.loading import load_network
 
 # Stages are imported where they run: commands that read headers must not wait for torch.
 if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-    from reparam.checkpoint.metadata import LayerRecord
     from reparam.graph import InputSpec
     from reparam.training import FinetuneResult, Recipe
     from reparam.verification import Report
 
-__all__ = ["FinetuneRun", "OnnxExport", "export_onnx", "finetune"]
-
 
 @dataclass(frozen=True)
 class FinetuneRun:
-    """The checkpoint a fine-tuning wrote, its size, and how it went."""
+    """The checkpoint a fine-tuning wrote, its size, how it went, and what was noted on reading its source."""
 
     output: Path
     nbytes: int
     result: FinetuneResult
     recipe: Recipe
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class OnnxExport:
-    """The ONNX file an export wrote, its size, and the report of the verification it passed."""
+    """The ONNX file an export wrote, its size, the verification it passed, and what was noted on reading its source."""
 
     output: Path
     nbytes: int
     report: Report
+    notes: tuple[str, ...] = ()
 
 
 def finetune(
@@ -59,7 +57,8 @@ def finetune(
 
     Args:
         path: the checkpoint.
-        arch, arch_args: its network, as :func:`reparam.graph.load_architecture` takes them.
+        arch, arch_args: its network, as :func:`reparam.graph.load_architecture` takes them; None for a Hugging Face
+            folder.
         data: folder of IDX files; ``mean`` and ``std`` as :func:`reparam.training.load_dataset` takes them.
         out: folder for ``model.safetensors``, held as the input is, and ``metrics.jsonl``; made if missing.
         recipe: how to train.
@@ -71,6 +70,7 @@ def finetune(
         CheckFailedError: training diverged; nothing was written.
     """
     from reparam.checkpoint import save_state_dict
+    from reparam.graph import records_of
     from reparam.training import Recipe, load_dataset
     from reparam.training import finetune as train
 
@@ -80,19 +80,18 @@ def finetune(
         raise OutputError(f"{out}: exists and is not a folder: name another place with -o")
     if target.exists() and not force:
         raise OutputError(f"{target}: exists: --force overwrites it, -o names another place")
-    tensors, records, model = _load(path, arch, arch_args)
+    network = load_network(path, arch, arch_args)
     dataset = load_dataset(data, mean, std)
-    result = train(model, dataset, recipe, on_step)
-    # As the file had them, whatever dtype the architecture computes in.
-    trained = {key: value.to(tensors[key].dtype) for key, value in model.state_dict().items()}
+    result = train(network.model, dataset, recipe, on_step)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"{out}: cannot be made ({error.strerror})") from error
-    save_state_dict(trained, records, target, force=force)
+    # In the dtypes the file had, whatever the architecture computes in.
+    save_state_dict(network.state_dict(), records_of(network.model), target, force=force)
     with staged(metrics, force=True) as temporary:
         temporary.write_text(_metrics(result, recipe), encoding="utf-8")
-    return FinetuneRun(target, target.stat().st_size, result, recipe)
+    return FinetuneRun(target, target.stat().st_size, result, recipe, network.notes)
 
 
 def export_onnx(
@@ -113,7 +112,8 @@ def export_onnx(
 
     Args:
         path: the checkpoint.
-        arch, arch_args: its network, as :func:`reparam.graph.load_architecture` takes them.
+        arch, arch_args: its network, as :func:`reparam.graph.load_architecture` takes them; None for a Hugging Face
+            folder.
         specs: the network's inputs.
         out: the ONNX file.
         opset: version of ONNX's operator set, the exporter's default without.
@@ -132,8 +132,8 @@ def export_onnx(
     if not specs:
         raise ReparamError("--input is missing: what the network takes, such as --input N,3,224,224")
     refuse_existing(out, force)
-    _, _, model = _load(path, arch, arch_args)
-    model.eval()
+    network = load_network(path, arch, arch_args)
+    model = network.model.eval()
     with staged(out, force) as temporary:
         export_onnx_model(fold(model), specs, temporary, opset)
         report = compare_onnx(model, temporary, specs, seed)
@@ -144,25 +144,7 @@ def export_onnx(
             raise VerificationError(
                 f"{out}: not written, the exported file differs ({failed.name}): {found}", report
             )
-    return OnnxExport(out, out.stat().st_size, report)
-
-
-def _load(
-    path: Path, arch: str | None, arch_args: Mapping[str, str] | None
-) -> tuple[dict[str, Tensor], dict[str, LayerRecord], nn.Module]:
-    """A checkpoint's tensors and records, and its network filled with them."""
-    from reparam.checkpoint import load_state_dict
-    from reparam.graph import apply_records, load_architecture, load_into
-
-    if arch is None:
-        raise ArchitectureError(
-            f"`{path.name}` holds weights, not a network: give --arch file.py:fn, --template base.onnx or a "
-            "folder with config.json; for plain weights only: reparam convert … --to sp"
-        )
-    tensors, records = load_state_dict(path)
-    model = apply_records(load_architecture(arch, arch_args), records)
-    load_into(model, tensors, str(path))
-    return tensors, records, model
+    return OnnxExport(out, out.stat().st_size, report, network.notes)
 
 
 def _metrics(result: FinetuneResult, recipe: Recipe) -> str:

@@ -1,0 +1,61 @@
+"""How the rules of a whole-model conversion look on a terminal: what was done to which layers, alike ones as one line."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from . import text
+
+if TYPE_CHECKING:
+    from reparam.graph import Outcome
+    from reparam.pipeline import ModelReport
+
+# Names of layers that a line shows.
+_NAMED, _WIDTH = 3, 60
+# Characters of a reason; --json has all of it.
+_REASON = 110
+
+
+def print_rules(report: ModelReport) -> None:
+    """Print a table with a line for every rule and reason."""
+    groups: dict[tuple[str, bool, str], list[Outcome]] = {}
+    for outcome in report.rules:
+        if not outcome.layer:
+            continue
+        # Reasons that differ in the names of layers alone are one reason.
+        pattern = re.sub(r"`[^`]*`", "`…`", outcome.why)
+        groups.setdefault((outcome.rule, outcome.applied, pattern), []).append(outcome)
+    order = list(dict.fromkeys(rule for rule, _, _ in groups))
+    rows = []
+    for (rule, applied, _), members in sorted(
+        groups.items(), key=lambda group: (order.index(group[0][0]), not group[0][1])
+    ):
+        names = [outcome.layer for outcome in members]
+        why = members[0].why + ", and so on" * (len({outcome.why for outcome in members}) > 1)
+        rows.append([rule, "applied" if applied else "refused", str(len(names)), _which(names), _short(why)])
+    text.table(["rule", "", "layers", "which", "what was done, or why not"], rows)
+    for outcome in report.rules:
+        if not outcome.layer:
+            print(f"{outcome.rule}: {outcome.why}")
+
+
+def _short(why: str) -> str:
+    return why if len(why) <= _REASON else why[: _REASON - 1] + "…"
+
+
+def _which(names: list[str]) -> str:
+    """The first names, as many as fit; at least one."""
+    shown = names[:1]
+    while len(shown) < min(_NAMED, len(names)) and len(", ".join(names[: len(shown) + 1])) <= _WIDTH:
+        shown = names[: len(shown) + 1]
+    return text.shorten(names, len(shown))
+
+
+def print_others(report: ModelReport) -> None:
+    """Print what became of the tensors that are no layer's."""
+    by_reason: dict[str, list[str]] = {}
+    for key, reason in report.others.items():
+        by_reason.setdefault(reason, []).append(key)
+    for reason, keys in by_reason.items():
+        print(f"copied: {text.count(len(keys), 'tensor')} ({text.shorten(keys, _NAMED)}): {reason}")

@@ -1,0 +1,102 @@
+"""Inputs of a network for calibrating its means: IDX images as fine-tuning takes them, or one array of inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from reparam.errors import DataError, ReparamError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+_BATCH = 256
+_LOADABLE = (".npz", ".safetensors")
+
+
+def calibration_batches(path: Path, model: nn.Module) -> Iterator[Tensor]:
+    """The inputs in ``path``, 256 at a time.
+
+    Args:
+        path: a folder of IDX files, whose training images are standardized with their own mean and deviation as
+            fine-tuning does it; or a .npz or .safetensors file that holds one array (N, ...), taken as it is: floats,
+            cast to the model's dtype, or integers.
+        model: is run on the first two of them, in evaluation mode, to see that it takes them.
+
+    Raises:
+        DataError: they cannot be read, or the model does not take them.
+    """
+    inputs = _read(path)
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+    if inputs.is_floating_point() and dtype is not None:
+        inputs = inputs.to(dtype)
+    _try(model, inputs[:2], path)
+    return (inputs[start : start + _BATCH] for start in range(0, len(inputs), _BATCH))
+
+
+def _read(path: Path) -> Tensor:
+    if path.is_dir():
+        from reparam.training import load_dataset
+
+        return load_dataset(path).train.images
+    if path.suffix not in _LOADABLE:
+        raise DataError(
+            f"{path}: --calibrate takes a folder of IDX files, or an array in .npz or .safetensors"
+        )
+    arrays = _npz(path) if path.suffix == ".npz" else _safetensors(path)
+    if len(arrays) != 1:
+        raise DataError(
+            f"{path}: holds {', '.join(list(arrays)[:4]) or 'nothing'}: one array of inputs is expected"
+        )
+    ((name, inputs),) = arrays.items()
+    if not inputs.dim() or not len(inputs):
+        raise DataError(f"{path}: `{name}` is {list(inputs.shape)}: expected inputs (N, ...), N at least 1")
+    kind = str(inputs.dtype).removeprefix("torch.")
+    if not inputs.is_floating_point() and kind not in ("int32", "int64"):
+        raise DataError(
+            f"{path}: `{name}` is {kind}: give what the network takes, float or int64; images scaled as in training"
+        )
+    return inputs
+
+
+def _npz(path: Path) -> dict[str, Tensor]:
+    import zipfile
+    import zlib
+
+    import numpy as np
+    import torch
+
+    try:
+        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
+            return {name: torch.from_numpy(file[name]) for name in file.files}
+    except (OSError, EOFError, ValueError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+        lines = str(error).splitlines()
+        raise DataError(f"{path}: cannot be read ({lines[0] if lines else type(error).__name__})") from error
+
+
+def _safetensors(path: Path) -> dict[str, Tensor]:
+    from reparam.checkpoint import load_state_dict
+
+    try:
+        return load_state_dict(path)[0]
+    except ReparamError as error:
+        raise DataError(str(error)) from error
+
+
+def _try(model: nn.Module, inputs: Tensor, path: Path) -> None:
+    import torch
+
+    modes = {module: module.training for module in model.modules()}
+    try:
+        with torch.no_grad():
+            model.eval()(inputs)
+    except Exception as error:  # whatever a user's forward raises
+        lines = str(error).splitlines()
+        told = lines[0] if lines else type(error).__name__
+        raise DataError(
+            f"{path}: the network does not take inputs of {list(inputs.shape[1:])}: {told}"
+        ) from error
+    finally:
+        for module, mode in modes.items():
+            module.training = mode

@@ -1,0 +1,87 @@
+"""Whether one model is another: a file against a file, or modules."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from reparam.errors import ReparamError
+from reparam.pipeline.loading import load_network
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from reparam.graph import InputSpec
+    from reparam.verification import Report, Tolerance
+
+
+def verify(
+    reference: Path | str | nn.Module,
+    candidate: Path | str | nn.Module,
+    specs: Sequence[InputSpec | str] = (),
+    *,
+    arch: str | None = None,
+    arch_args: Mapping[str, str] | None = None,
+    data: Path | str | None = None,
+    rtol: float | None = None,
+    atol: float | None = None,
+    tolerances: Mapping[str, Tolerance] | None = None,
+    axes: Mapping[str, int] | None = None,
+    seed: int = 0,
+) -> Report:
+    """Whether ``candidate`` computes what ``reference`` computes.
+
+    | reference | candidate | compared |
+    |---|---|---|
+    | checkpoint and ``arch``, or module | ONNX file | three proofs: weights, algebra, deployment |
+    | checkpoint | checkpoint | tensors, across parameterizations; no network is needed |
+    | module | module | outputs in float64 |
+
+    Args:
+        reference: the untouched original.
+        candidate: what is to be proven.
+        specs: inputs, as :class:`InputSpec` or as ``--input`` has them; not for two checkpoints.
+        arch, arch_args: the network of a checkpoint, as :func:`reparam.graph.load_architecture` takes them; None for a
+            Hugging Face folder.
+        data: file of real inputs (safetensors, PyTorch, npz, npy).
+        rtol, atol: |d − y| ≤ atol + rtol·|y| instead of the tolerance derived from rounding errors.
+        tolerances: the same by name of the output.
+        axes: unit axes by glob, for two checkpoints.
+        seed: of the inputs.
+
+    Returns:
+        A report; it does not raise where a check fails.
+
+    Raises:
+        ReparamError: bad input.
+    """
+    from reparam.graph import parse_spec
+    from reparam.verification import Tolerance, load_data, verify_checkpoints, verify_models, verify_onnx
+
+    reference, candidate = _path(reference), _path(candidate)
+    given = [parse_spec(spec) if isinstance(spec, str) else spec for spec in specs]
+    if isinstance(reference, Path) and reference.suffix == ".onnx":
+        raise ReparamError(f"{reference}: the reference is a checkpoint, the ONNX file comes second")
+    if isinstance(candidate, Path) and candidate.suffix != ".onnx":
+        if not isinstance(reference, Path):
+            raise ReparamError(f"{candidate}: a module is compared with an ONNX file or a module")
+        if given or data is not None:
+            raise ReparamError("--input: two checkpoints are compared by their tensors, which takes none")
+        return verify_checkpoints(reference, candidate, axes)
+    if not given:
+        raise ReparamError("--input is missing: what the network takes, such as --input N,3,224,224")
+    model = load_network(reference, arch, arch_args).model if isinstance(reference, Path) else reference
+    real = load_data(Path(data), given) if data is not None else []
+    if not isinstance(candidate, Path):
+        return verify_models(model, candidate, given, seed, data=real)
+    if not candidate.exists():
+        raise ReparamError(f"{candidate}: no such file")
+    asked = None if rtol is None and atol is None else Tolerance(rtol or 0.0, atol or 0.0)
+    return verify_onnx(
+        model, None, candidate, given, data=real, seed=seed, tolerance=asked, tolerances=tolerances
+    )
+
+
+def _path(value: Path | str | nn.Module) -> Path | nn.Module:
+    return Path(value) if isinstance(value, str) else value

@@ -1,0 +1,201 @@
+"""Algebra: in float64 nothing is rounded that matters, so two programs of one function agree to 1e-12.
+
+    fold(original)(x) = original(x)                 both in torch, float64
+    graph(fold(original).weights)(x) = fold(original)(x)        the file's graph in float64, with float64 weights
+
+The graph gets its weights through the map, not from the file, where they are rounded: so it is the graph alone that is
+judged, and :mod:`~reparam.verification.weights` judges the values. Numbers in the code (a slope, an epsilon) stand in an
+ONNX file as float32; torch is given them so rounded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from onnx import TensorProto
+from torch import Tensor, nn
+
+from reparam.onnxfile import transforms
+from reparam.onnxfile.reading import graphs
+from reparam.onnxfile.weight_map import Source, WeightMap
+from reparam.verification.exact import Float64, in_float64, run
+from reparam.verification.report import Check
+from reparam.verification.runtime import line
+from reparam.verification.samples import Sample
+from reparam.verification.widening import FLOATS, widen
+
+#: of the output's scale
+TOLERANCE = 1e-12
+#: operators whose own definition has a 1/6 or its like in float32
+_THIRDS = ("HardSigmoid", "HardSwish", "Selu")
+#: where the graph holds constants that float32 cannot hold exactly
+CONSTANTS = 2.0**-22
+
+
+def compare_models(
+    reference: nn.Module, candidate: nn.Module, inputs: Sequence[Sample], name: str
+) -> tuple[Check, ...]:
+    """Two modules in float64: the check ``name``."""
+    exact, other = in_float64(reference), in_float64(candidate)
+    error = _Error()
+    for sample in inputs:
+        want, got = (run(model, sample.inputs, Float64()).outputs for model in (exact, other))
+        fault = error.add(got, want, sample)
+        if fault is not None:
+            return (Check(name, False, where=fault, proof="algebra"),)
+    return (error.check(name, TOLERANCE),)
+
+
+def check_graph(
+    folded: nn.Module, path: Path, model: onnx.ModelProto, weight_map: WeightMap, samples: Sequence[Sample]
+) -> tuple[tuple[Check, ...], tuple[str, ...]]:
+    """The file's graph against the folded original, both float64: checks, and what could not be checked.
+
+    Args:
+        folded: the plain original, with float64 weights.
+        path, model: the file, external values not loaded.
+        weight_map: where its initializers come from.
+        samples: inputs.
+    """
+    state = folded.state_dict()
+    try:
+        from onnx.reference import ReferenceEvaluator
+
+        values = {
+            name: transforms.apply(_rounded(source), state) for name, source in weight_map.sources.items()
+        }
+        whole = onnx.ModelProto()
+        whole.CopyFrom(model)
+        onnx.load_external_data_for_model(whole, str(path.parent))
+        graph = ReferenceEvaluator(widen(whole, FLOATS, TensorProto.DOUBLE, values), new_ops=_operators())
+        names = graph.input_names
+        error = _Error()
+        for sample in samples:
+            inputs = [x.double() if x.is_floating_point() else x for x in sample.inputs]
+            feeds = {name: x.numpy() for name, x in zip(names, inputs, strict=True)}
+            with np.errstate(all="ignore"):  # an exponential overflows to the right limit
+                got = [torch.from_numpy(np.array(value)) for value in graph.run(None, feeds)]
+            want = run(folded, inputs, Float64(round_scalars=True)).outputs
+            fault = error.add(got, want, sample)
+            if fault is not None:
+                return (Check("graph", False, where=fault, proof="algebra"),), ()
+    except Exception as problem:  # whatever an evaluator of another project raises
+        return (), (
+            f"algebra: the file's graph was not run in float64: {type(problem).__name__}: {line(problem)}",
+        )
+    inexact = _inexact_constants(model, weight_map)
+    if not inexact:
+        return (error.check("graph", TOLERANCE),), ()
+    note = (
+        f"algebra: the graph holds constants in float32 ({', '.join(inexact[:4])}): judged at {CONSTANTS:.0e}"
+    )
+    return (error.check("graph", CONSTANTS),), (note,)
+
+
+def _rounded(source: Source) -> Source:
+    """A batch norm's ε as torch is given it here."""
+    settings = {k: float(np.float32(v)) if isinstance(v, float) else v for k, v in source.settings.items()}
+    return Source(source.keys, source.transform, settings)
+
+
+class _Error:
+    """The largest error, as a share of its output's scale."""
+
+    def __init__(self) -> None:
+        self.largest, self.relative, self.where = 0.0, 0.0, ""
+
+    def add(self, got: Sequence[Tensor], want: Sequence[Tensor], sample: Sample) -> str | None:
+        """What no tolerance excuses, None if nothing."""
+        if len(got) != len(want):
+            return f"{len(got)} outputs, should be {len(want)}"
+        for i, (a, b) in enumerate(zip(got, want, strict=True)):
+            where = f"output {i}, {sample}"
+            if a.shape != b.shape:
+                return f"{where}: {list(a.shape)}, should be {list(b.shape)}"
+            if not b.is_floating_point() or not b.numel():
+                continue
+            if a.dtype != torch.float64:
+                return f"{where}: computed in {a.dtype}"
+            if not bool(torch.isfinite(a).all()) or not bool(torch.isfinite(b).all()):
+                return f"{where}: NaN or Inf"
+            apart, scale = float((a - b).abs().max()), float(b.abs().max())
+            relative = apart / scale if scale else (0.0 if apart == 0 else float("inf"))
+            if relative >= self.relative:
+                self.largest, self.relative, self.where = apart, relative, where
+        return None
+
+    def check(self, name: str, tolerance: float) -> Check:
+        passed = bool(self.where) and self.relative <= tolerance
+        relative = self.relative if np.isfinite(self.relative) else None
+        return Check(
+            name,
+            passed,
+            self.largest,
+            relative,
+            tolerance=tolerance,
+            where=self.where or "nothing was compared",
+            proof="algebra",
+        )
+
+
+def _inexact_constants(model: onnx.ModelProto, weight_map: WeightMap) -> list[str]:
+    """Float constants with more digits than a power of two, a small integer or their like have."""
+    found = []
+
+    def look(name: str, tensor: TensorProto) -> None:
+        if tensor.data_type in FLOATS and tensor.data_location != TensorProto.EXTERNAL:
+            values = onnx.numpy_helper.to_array(tensor).astype(np.float64)
+            mantissa = np.frexp(values)[0] * 2.0**12
+            if not np.array_equal(mantissa, np.round(mantissa)):
+                found.append(name)
+
+    for graph in graphs(model):
+        for tensor in graph.initializer if isinstance(graph, onnx.GraphProto) else ():
+            if tensor.name not in weight_map.sources:
+                look(tensor.name, tensor)
+        for node in graph.node:
+            if node.op_type in _THIRDS:
+                found.append(node.op_type)
+            for attribute in node.attribute:
+                if attribute.HasField("t"):
+                    look(node.output[0], attribute.t)
+    return found
+
+
+def _operators() -> list[type[Any]]:
+    """Convolutions by torch, as the evaluator's own go pixel by pixel; and GELU, whose own has a √2 in float32."""
+    from onnx.reference.op_run import OpRun
+    from onnx.reference.ops.op_conv import Conv
+
+    def gelu(self: Any, X: Any, approximate: str | None = None) -> Any:
+        return (torch.nn.functional.gelu(torch.tensor(X), approximate=approximate or "none").numpy(),)
+
+    def convolve(self: Any, X: Any, W: Any, B: Any = None, **given: Any) -> Any:
+        spatial = X.ndim - 2
+        pads = list(given.get("pads") or self.pads or [0] * 2 * spatial)
+        auto = given.get("auto_pad") or self.auto_pad or "NOTSET"
+        if auto != "NOTSET" or spatial > 3:
+            return Conv._run(self, X, W, B, **given)  # type: ignore[no-untyped-call]
+        x, w = torch.tensor(X), torch.tensor(W)
+        around = [p for axis in reversed(range(spatial)) for p in (pads[axis], pads[axis + spatial])]
+        function = (torch.conv1d, torch.conv2d, torch.conv3d)[spatial - 1]
+        out = function(
+            torch.nn.functional.pad(x, around),
+            w,
+            None if B is None else torch.tensor(B),
+            stride=given.get("strides") or self.strides or 1,
+            padding=0,
+            dilation=given.get("dilations") or self.dilations or 1,
+            groups=given.get("group") or self.group or 1,
+        )
+        return (out.numpy(),)
+
+    return [
+        type("Conv", (Conv,), {"_run": convolve, "op_domain": ""}),
+        type("Gelu", (OpRun,), {"_run": gelu, "op_domain": ""}),
+    ]

@@ -1,0 +1,216 @@
+"""A model run in float64, whatever it asks for inside.
+
+    x.float() · W            -->    x · W            in float64: every narrower type an operation is asked for is widened
+
+``model.double()`` reaches parameters and buffers, not the casts that a forward pass writes out, nor tensors it makes or
+holds as attributes. Below torch's Python interface every operation passes one place, and there they are widened too.
+The same place sees what an operation *decided*: an index or a truth value is as good as another where the numbers it
+was decided by are closer than their errors.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+
+_NARROW = (torch.float32, torch.float16, torch.bfloat16)
+_AXIS = {"argmax": 1, "argmin": 1, "topk": 2, "max": 1, "min": 1, "sort": 1}
+_COMPARISONS = ("gt", "lt", "ge", "le", "eq", "ne")
+
+
+@dataclass(frozen=True)
+class Decision:
+    """An index or a truth value, and the numbers it was decided by.
+
+    Attributes:
+        result: integers or bools.
+        left: the numbers; ``right`` those they were compared with, None where the largest or smallest were picked.
+        axis: along which they were picked; None for all of the tensor.
+    """
+
+    result: Tensor
+    left: Tensor
+    right: Tensor | float | None = None
+    axis: int | None = None
+
+    def margin(self, other: Tensor) -> Tensor:
+        """How far the numbers are from deciding ``other`` instead: shape of ``result``, infinite where they cannot."""
+        if self.right is not None:
+            return (self.left.double() - self.right).abs().expand(self.result.shape)
+        data = self.left.double()
+        if self.axis is None or not data.dim():
+            data, want, got, axis = data.reshape(-1), self.result.reshape(-1), other.reshape(-1), 0
+        else:
+            axis, want, got = self.axis, self.result, other
+            if want.dim() < data.dim():
+                want, got = want.unsqueeze(axis), got.unsqueeze(axis)
+        valid = (got >= 0) & (got < data.shape[axis])
+        apart = (data.gather(axis, want) - data.gather(axis, got.clamp(0, data.shape[axis] - 1))).abs()
+        return torch.where(valid, apart, torch.inf).reshape(self.result.shape)
+
+
+class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Runs operations as they are, and remembers.
+
+    Attributes:
+        decisions: in the order they were made.
+        touched: addresses of the tensors operations took.
+        lookups: address of the table, its rows and the indices, of every lookup.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.decisions: list[Decision] = []
+        self.touched: set[int] = set()
+        self.lookups: list[tuple[int, int, Tensor]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        tree_map(self._touch, (args, kwargs))
+        out = self.run(func, args, kwargs or {})
+        self._remember(func, args, kwargs or {}, out)
+        return out
+
+    def run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        return func(*args, **kwargs)
+
+    def _touch(self, value: Any) -> None:
+        if isinstance(value, Tensor) and value.numel():
+            self.touched.add(value.untyped_storage().data_ptr())
+
+    def _remember(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        name, overload = func.overloadpacket.__name__, func._overloadname
+        if name == "embedding":
+            self.lookups.append((args[0].data_ptr(), args[0].shape[0], args[1]))
+        elif (
+            name == "index" and args[1] and isinstance(args[1][0], Tensor) and args[1][0].dtype == torch.int64
+        ):
+            self.lookups.append((args[0].data_ptr(), args[0].shape[0], args[1][0]))
+        elif name == "index_select":
+            self.lookups.append((args[0].data_ptr(), args[0].shape[args[1]], args[2]))
+        elif name in _COMPARISONS and args[0].is_floating_point():
+            self.decisions.append(Decision(out, args[0], args[1]))
+        elif name in _AXIS and args and isinstance(args[0], Tensor) and args[0].is_floating_point():
+            result = out[1] if isinstance(out, tuple | list) else out
+            if result.dtype != torch.int64:
+                return  # max and min of a whole tensor decide nothing
+            at = 2 if name == "sort" and overload == "stable" else _AXIS[name]
+            axis = args[at] if len(args) > at else kwargs.get("dim", -1 if name in ("topk", "sort") else None)
+            self.decisions.append(Decision(result, args[0], axis=axis))
+        elif name in ("_to_copy", "alias", "detach") and isinstance(args[0], Tensor):
+            for decision in self.decisions:
+                if decision.result is args[0] and out.shape == args[0].shape and not out.is_floating_point():
+                    self.decisions.append(Decision(out, decision.left, decision.right, decision.axis))
+                    break
+
+
+class Float64(Recorder):  # type: ignore[no-untyped-call]
+    """Runs every operation in float64.
+
+    Attributes:
+        widened: how often an operation asked for a narrower type.
+        narrow: operations whose result is narrower nevertheless.
+    """
+
+    def __init__(self, round_scalars: bool = False) -> None:
+        """``round_scalars``: numbers that stand in the code are rounded to float32, as an ONNX file holds them."""
+        super().__init__()
+        self.round_scalars = round_scalars
+        self.widened = 0
+        self._counts = True
+        self.narrow: set[str] = set()
+
+    def run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        # The layers of this library name the type of the plain weight: nothing the model's author asked for.
+        self._counts = func.namespace != "reparam"
+        writes = [a.alias_info is not None and a.alias_info.is_write for a in func._schema.arguments]
+        args = [
+            value if written else tree_map(self._widen, value)
+            for value, written in zip(args, [*writes, *[False] * len(args)], strict=False)
+        ]
+        kwargs = {k: v if k == "out" else tree_map(self._widen, v) for k, v in kwargs.items()}
+        out = func(*args, **kwargs)
+        for value in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(value, Tensor) and value.dtype in _NARROW:
+                self.narrow.add(func.overloadpacket.__name__)
+        return out
+
+    def _widen(self, value: Any) -> Any:
+        if isinstance(value, Tensor) and value.dtype in _NARROW:
+            return value.double()
+        if isinstance(value, torch.dtype) and value in _NARROW:
+            self.widened += self._counts
+            return torch.float64
+        if self.round_scalars and isinstance(value, float):
+            return float(np.float32(value))
+        return value
+
+
+@dataclass
+class Run:
+    """What a model gave.
+
+    Attributes:
+        outputs: its tensors, in the order ONNX has them.
+        recorder: what was remembered.
+    """
+
+    outputs: list[Tensor]
+    recorder: Recorder = field(repr=False)
+
+    def decision(self, index: int) -> tuple[int, Decision] | None:
+        """The decision an output is, and how many were made before; None where it is none."""
+        for i, decision in enumerate(self.recorder.decisions):
+            if decision.result is self.outputs[index]:
+                return i, decision
+        return None
+
+
+def in_float64(model: nn.Module) -> nn.Module:
+    """A copy with float64 parameters and buffers, in evaluation mode."""
+    return copy.deepcopy(model).double().eval()
+
+
+def run(model: nn.Module, inputs: Sequence[Tensor], recorder: Recorder | None = None) -> Run:
+    """Run a model that takes its inputs positionally.
+
+    Args:
+        model: in evaluation mode.
+        inputs: floating ones become float64 where ``recorder`` is :class:`Float64`.
+        recorder: how; as it is by default.
+    """
+    recorder = recorder or Recorder()
+    wide = isinstance(recorder, Float64)
+    given = [x.double() if wide and x.is_floating_point() else x for x in inputs]
+    with torch.no_grad(), _default(torch.float64 if wide else torch.get_default_dtype()), recorder:
+        output = model(*given)
+    return Run(flatten(output), recorder)
+
+
+def flatten(output: Any) -> list[Tensor]:
+    """The tensors of a model's output, in the order ONNX has them."""
+    if isinstance(output, Tensor):
+        return [output]
+    if isinstance(output, Mapping):
+        output = list(output.values())
+    if isinstance(output, list | tuple):
+        return [tensor for item in output for tensor in flatten(item)]
+    return []
+
+
+@contextmanager
+def _default(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

@@ -1,0 +1,170 @@
+"""The inputs a file is judged on: seeded, pooled by loudness.
+
+noise of deviation 0.1, 1, 10   ×   leading axes of 1, 2, 7, other dynamic axes of 32, 64, 96 in turn
+integers                        below the size of the table they are looked up in
+real data                       where given, as it is
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from reparam.errors import DataError
+from reparam.graph.inputs import FEWEST, InputSpec
+from reparam.verification.exact import run
+
+NOISE = (0.1, 1.0, 10.0)
+_FIRST, _OTHER = (1, 2, 7), (32, 64, 96)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Inputs of one run.
+
+    Attributes:
+        group: inputs of one group are judged together: "scale 0.1", "data".
+        inputs: one tensor an input.
+        sizes: the extents of the dynamic axes.
+    """
+
+    group: str
+    inputs: tuple[Tensor, ...]
+    sizes: Mapping[str, int]
+
+    def __str__(self) -> str:
+        return f"input {' '.join(str(list(x.shape)) for x in self.inputs)} at {self.group}"
+
+
+def samples(
+    model: nn.Module, specs: Sequence[InputSpec], seed: int, data: Sequence[tuple[Tensor, ...]] = ()
+) -> Iterator[Sample | str]:
+    """The set of inputs; and, a line each, the sizes that ``model`` refuses.
+
+    Args:
+        model: the original, in evaluation mode, taking inputs of the types of ``specs``.
+        specs: its inputs.
+        seed: of the noise.
+        data: real inputs.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    accepted, refused = _sizes(model, specs)
+    yield from refused
+    highs = [None if spec.is_float else _rows(model, specs, i) for i, spec in enumerate(specs)]
+    loudness = NOISE if any(spec.is_float for spec in specs) else NOISE[1:2]
+    # Integers have no loudness: more draws instead.
+    for scale, sizes in itertools.product(loudness, accepted):
+        inputs = tuple(
+            spec.sample(generator, sizes, scale, high) for spec, high in zip(specs, highs, strict=True)
+        )
+        yield Sample(f"scale {scale:g}", inputs, sizes)
+    for inputs in data:
+        yield Sample("data", inputs, {})
+
+
+def _sizes(model: nn.Module, specs: Sequence[InputSpec]) -> tuple[list[dict[str, int]], list[str]]:
+    """Extents of the dynamic axes that the model takes, at best all different; and what it does not take."""
+    leading = {spec.axes[0] for spec in specs if spec.axes}
+    dynamic = list(dict.fromkeys(axis for spec in specs for axis in spec.dynamic))
+    others = [axis for axis in dynamic if axis not in leading]
+    accepted, refused = [], []
+    for k, first in enumerate(_FIRST if dynamic else _FIRST[:1]):
+        batch = {axis: first for axis in dynamic if axis in leading}
+        apart = {axis: _OTHER[(k + i) % 3] for i, axis in enumerate(others)}
+        alike = dict.fromkeys(others, _OTHER[k])
+        short = dict.fromkeys(others, k + 3)
+        for sizes in dict.fromkeys(tuple((batch | rest).items()) for rest in (apart, alike, short)):
+            why = _refusal(model, specs, dict(sizes))
+            if why is None:
+                accepted.append(dict(sizes))
+                break
+            refused.append(f"the original does not take {_told(sizes)}: left out ({why})")
+    return accepted, refused
+
+
+def _told(sizes: Sequence[tuple[str, int]]) -> str:
+    return ", ".join(f"{axis}={extent}" for axis, extent in sizes) or "such inputs"
+
+
+def _refusal(model: nn.Module, specs: Sequence[InputSpec], sizes: Mapping[str, int]) -> str | None:
+    generator = torch.Generator().manual_seed(0)
+    try:
+        run(copy.deepcopy(model), [spec.sample(generator, sizes) for spec in specs])
+    except Exception as error:  # whatever a forward pass raises
+        lines = str(error).strip().splitlines()
+        return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    return None
+
+
+def _rows(model: nn.Module, specs: Sequence[InputSpec], index: int) -> int:
+    """Below what the integers of an input must stay: seen by which lookups follow it from all 0 to all 1."""
+    sizes = {axis: 3 for spec in specs for axis in spec.dynamic}
+    found = []
+    for value in (0, 1):
+        generator = torch.Generator().manual_seed(0)
+        inputs = [spec.sample(generator, sizes) for spec in specs]
+        inputs[index] = torch.full_like(inputs[index], value)
+        try:
+            found.append(run(copy.deepcopy(model), inputs).recorder.lookups)
+        except Exception:  # as above; sizes it does not take are reported elsewhere
+            return FEWEST
+    highs = [
+        rows - max(0, int(zeros.max()))  # an offset added to the ids before
+        for (_, rows, zeros), (_, _, ones) in zip(*found, strict=False)
+        if zeros.shape == ones.shape and zeros.numel() and not torch.equal(zeros, ones)
+    ]
+    return max(FEWEST, min(highs, default=FEWEST))
+
+
+def load_data(path: Path, specs: Sequence[InputSpec]) -> list[tuple[Tensor, ...]]:
+    """Real inputs from a file of tensors: safetensors, a PyTorch file, npz or npy.
+
+    Args:
+        path: its tensors have the names of the inputs; a single one may have any.
+        specs: the inputs; shapes and kinds of type must fit them.
+
+    Raises:
+        DataError: a tensor is missing, or of another shape or type, or holds NaN or Inf.
+    """
+    tensors = _read(path)
+    if len(specs) == len(tensors) == 1:
+        tensors = {specs[0].name: next(iter(tensors.values()))}
+    inputs = []
+    for spec in specs:
+        if spec.name not in tensors:
+            raise DataError(f"{path}: holds {', '.join(tensors) or 'nothing'}, but no input `{spec.name}`")
+        value = tensors[spec.name]
+        fits = value.dim() == len(spec.axes) and all(
+            isinstance(axis, str) or axis == extent
+            for axis, extent in zip(spec.axes, value.shape, strict=True)
+        )
+        if not fits or value.is_floating_point() != spec.is_float:
+            raise DataError(
+                f"{path}: `{spec.name}` is {value.dtype} {list(value.shape)}, --input says {spec.dtype} "
+                f"{','.join(map(str, spec.axes))}"
+            )
+        if spec.is_float and not bool(torch.isfinite(value).all()):
+            raise DataError(f"{path}: `{spec.name}` holds NaN or Inf")
+        inputs.append(value.to(spec.torch_dtype))
+    return [tuple(inputs)]
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    import numpy as np
+
+    from reparam.checkpoint import load_state_dict
+
+    if path.suffix not in (".npz", ".npy"):
+        return load_state_dict(path)[0]
+    try:
+        loaded = np.load(path, allow_pickle=False)
+        found = {path.stem: loaded} if path.suffix == ".npy" else dict(loaded)
+        return {name: torch.from_numpy(np.array(value)) for name, value in found.items()}
+    except (OSError, ValueError, TypeError) as error:
+        raise DataError(f"{path}: cannot be read ({' '.join(str(error).split())})") from error

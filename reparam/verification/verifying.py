@@ -1,0 +1,138 @@
+"""The three proofs of one ONNX file, one after the other, and where a file that fails first departs."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import onnx
+from torch import Tensor, nn
+
+from reparam.errors import CheckpointError
+from reparam.graph.folding import fold
+from reparam.graph.inputs import InputSpec
+from reparam.layers import Reparameterized
+from reparam.onnxfile import weight_map as maps
+from reparam.onnxfile.mapping import find_map
+from reparam.onnxfile.reading import read_graph, read_initializers
+from reparam.onnxfile.weight_map import WeightMap
+from reparam.verification.algebra import check_graph, compare_models
+from reparam.verification.deployment import compare_onnx, reference_copy
+from reparam.verification.exact import in_float64
+from reparam.verification.locating import locate
+from reparam.verification.pools import Tolerance
+from reparam.verification.report import Check, Report
+from reparam.verification.runtime import deployed_dtype
+from reparam.verification.samples import Sample, samples
+from reparam.verification.weights import check_weights, used_keys
+
+#: Algebra is exact on any input, so few small ones do.
+_ALGEBRA_SAMPLES = 2
+
+
+def verify_onnx(
+    reference: nn.Module,
+    folded: nn.Module | None,
+    path: Path,
+    specs: Sequence[InputSpec],
+    weight_map: WeightMap | None = None,
+    data: Sequence[tuple[Tensor, ...]] = (),
+    *,
+    seed: int = 0,
+    outputs: Sequence[str] | None = None,
+    tolerance: Tolerance | None = None,
+    tolerances: Mapping[str, Tolerance] | None = None,
+) -> Report:
+    """Prove that an ONNX file computes what ``reference`` computes.
+
+    Args:
+        reference: the untouched original, in any parameterization.
+        folded: the plain model the file was made from; None: ``reference`` is folded.
+        path: the file.
+        specs: its inputs, in the order ``reference`` takes them.
+        weight_map: where its initializers come from; None: what its metadata says, or what equal values tell.
+        data: real inputs, as :func:`~reparam.verification.samples.load_data` reads them.
+        seed, outputs, tolerance, tolerances: as :func:`~reparam.verification.deployment.compare_onnx` takes them.
+
+    Returns:
+        A report; what is wrong with the file is a failed check, not an exception.
+    """
+    try:
+        model = read_graph(path)
+    except CheckpointError as error:
+        return Report((Check("loads in ONNX Runtime", False, where=str(error)),))
+    original = reference_copy(reference)
+    plain = copy.deepcopy(folded).eval() if folded is not None else fold(original)
+    plain = plain.to(deployed_dtype(model))
+    found = weight_map or _map(model, path, plain)
+    few = [s for s in samples(original, specs, seed) if isinstance(s, Sample)]
+    loud = [s for s in few if s.group == "scale 1"][:_ALGEBRA_SAMPLES]
+
+    used = used_keys(plain, _cast(loud[0], plain)) if loud else set()
+    weights = check_weights(path, model, found, plain.state_dict(), used)
+    algebra, notes = _algebra(original, path, model, found, loud)
+    deployed = compare_onnx(
+        reference, path, specs, seed, outputs=outputs, data=data, tolerance=tolerance, tolerances=tolerances
+    )
+    report = Report(
+        (*weights.checks, *algebra, *deployed.checks),
+        (*weights.notes, *notes, *deployed.notes),
+        weights.key,
+    )
+    if report.passed or report.diverges or not loud:
+        return report
+    return replace(report, diverges=locate(plain, path, model, found, loud[-1]))
+
+
+def verify_models(
+    reference: nn.Module,
+    candidate: nn.Module,
+    specs: Sequence[InputSpec],
+    seed: int = 0,
+    data: Sequence[tuple[Tensor, ...]] = (),
+) -> Report:
+    """Whether two modules compute the same in evaluation mode: both in float64, to 1e-12 of the outputs' scale.
+
+    Args:
+        reference, candidate: in any parameterization; take the same inputs positionally.
+        specs: their inputs.
+        seed: of the inputs.
+        data: real inputs.
+    """
+    found = list(samples(reference_copy(reference), specs, seed, data))
+    notes = tuple(note for note in found if isinstance(note, str))
+    inputs = [sample for sample in found if isinstance(sample, Sample)]
+    return Report(compare_models(reference, candidate, inputs, "models"), notes)
+
+
+def _algebra(
+    original: nn.Module,
+    path: Path,
+    model: onnx.ModelProto,
+    weight_map: WeightMap,
+    few: Sequence[Sample],
+) -> tuple[tuple[Check, ...], tuple[str, ...]]:
+    checks: tuple[Check, ...] = ()
+    if any(isinstance(module, Reparameterized) for module in original.modules()):
+        checks = compare_models(original, fold(in_float64(original)), few, "folded model")
+    graph, notes = check_graph(fold(in_float64(original)), path, model, weight_map, few)
+    return (*checks, *graph), notes
+
+
+def _map(model: onnx.ModelProto, path: Path, plain: nn.Module) -> WeightMap:
+    """What the file's metadata says of its initializers; where it says nothing that can be read, what values tell."""
+    for entry in model.metadata_props:
+        if entry.key == maps.KEY:
+            with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
+                return WeightMap.load(entry.value)
+    eps = {name: m.eps for name, m in plain.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
+    return find_map(read_initializers(path, model), plain.state_dict(), eps).weights
+
+
+def _cast(sample: Sample, model: nn.Module) -> tuple[Tensor, ...]:
+    """The inputs in the floating type of a model's parameters."""
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+    return tuple(x.to(dtype) if dtype is not None and x.is_floating_point() else x for x in sample.inputs)

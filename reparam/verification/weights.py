@@ -1,0 +1,179 @@
+"""Weights: every initializer of the file equals its source bit for bit.
+
+    initializer = transform(state_dict[keys])        in every bit, through the recorded map
+
+No comparison of outputs sees a weight of a dead unit, or one bit of one weight in half precision. This one does; what it
+cannot see is whether the graph uses the weights rightly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+from torch import Tensor, nn
+
+from reparam.errors import ReparamError
+from reparam.onnxfile import transforms
+from reparam.onnxfile.folded_norms import WITHIN
+from reparam.onnxfile.reading import Initializer, read_initializers
+from reparam.onnxfile.weight_map import Source, WeightMap
+from reparam.verification.exact import Recorder, run
+from reparam.verification.report import Check
+
+_LISTED = 8
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@dataclass(frozen=True)
+class WeightProof:
+    """What the proof found.
+
+    Attributes:
+        checks: one for all initializers if they are right, else one for each of the first few that are not.
+        notes: what it cannot speak of.
+        key: of the first wrong weight, in the order of the file.
+    """
+
+    checks: tuple[Check, ...]
+    notes: tuple[str, ...] = ()
+    key: str | None = None
+
+
+def check_weights(
+    path: Path,
+    model: onnx.ModelProto,
+    weight_map: WeightMap,
+    state: Mapping[str, Tensor],
+    used: Collection[str] = (),
+) -> WeightProof:
+    """Hold every initializer against the state_dict.
+
+    Args:
+        path, model: the file, external values not loaded.
+        weight_map: where its initializers come from.
+        state: the plain state_dict, in the types the file was made from.
+        used: keys the network computes with: each must be held by an initializer.
+    """
+    initializers = read_initializers(path, model)
+    wrong: list[tuple[str, Check]] = []
+    compared = 0
+    for name, source in weight_map.sources.items():
+        key = source.keys[0]
+        missing = [key for key in source.keys if key not in state]
+        if name not in initializers:
+            found: str | None = f"the file has no initializer `{name}` for it"
+            largest = None
+        elif missing:
+            key, largest = missing[0], None
+            found = f"initializer `{name}` is said to hold it, the network has no such key"
+        else:
+            try:
+                value = initializers[name]
+                wanted = transforms.apply(source, state, value.dtype)
+                found, largest = _difference(value, wanted, _rounding(source, value))
+            except (ReparamError, RuntimeError, KeyError, ValueError, TypeError, IndexError) as error:
+                found, largest = f"initializer `{name}`: {' '.join(str(error).split())}", None
+            compared += initializers[name].tensor().numel() if found is None else 0
+        if found is not None:
+            wrong.append((key, Check("weight", False, largest, where=f"`{key}`: {found}", proof="weights")))
+    unknown = [
+        value for name, value in initializers.items() if name not in weight_map.sources and _may_hold(value)
+    ]
+    lost, notes = _lost(weight_map, state, used), []
+    for key in lost:
+        alike = [value for value in unknown if _could_be(value, key, state[key])]
+        if alike or not unknown:
+            told = "no initializer holds it, though the network computes with it"
+            told += f"; `{alike[0].proto.name}` would fit, but has other values" if alike else ""
+            wrong.append((key, Check("weight", False, where=f"`{key}`: {told}", proof="weights")))
+    if unknown:
+        names = ", ".join(value.proto.name for value in unknown[:_LISTED])
+        told = f"; not found in the file: {', '.join(lost[:_LISTED])}" if lost else ""
+        notes.append(f"weights: no key is known for {names}: outputs alone speak for them{told}")
+    if wrong:
+        order = {key: i for i, key in enumerate(state)}
+        wrong.sort(key=lambda item: order.get(item[0], len(order)))
+        checks = tuple(check for _, check in wrong[:_LISTED])
+        if len(wrong) > _LISTED:
+            checks += (Check("weights", False, where=f"{len(wrong)} in all", proof="weights"),)
+        return WeightProof(checks, tuple(notes), wrong[0][0])
+    told = f"{len(weight_map.sources)} initializers, {compared:,} values, bit for bit"
+    return WeightProof((Check("weights", compared > 0, 0.0, where=told, proof="weights"),), tuple(notes))
+
+
+def _rounding(source: Source, value: Initializer) -> float:
+    """How far an initializer may be off: only where an exporter folded a batch norm, and rounded otherwise than here."""
+    if value.dtype is None or "within" not in source.settings:
+        return 0.0
+    return min(float(source.settings["within"]), WITHIN[value.dtype])
+
+
+def _could_be(value: Initializer, key: str, weight: Tensor) -> bool:
+    """Whether an initializer is likely to be a changed copy of a weight."""
+    return value.proto.name == key or int(np.prod(value.shape)) == weight.numel()
+
+
+def _difference(initializer: Initializer, wanted: Tensor, within: float) -> tuple[str | None, float | None]:
+    """How an initializer differs from what it should be, and the largest difference; (None, None) if it does not.
+
+    ``within`` is a share of the largest value wanted.
+    """
+    name, got = initializer.proto.name, initializer.tensor()
+    if got.shape != wanted.shape:
+        return f"initializer `{name}` is {list(got.shape)}, should be {list(wanted.shape)}", None
+    if got.dtype != wanted.dtype:
+        return f"initializer `{name}` is {got.dtype}, should be {wanted.dtype}", None
+    if same_bits(got, wanted):
+        return None, None
+    unequal = _bits(got) != _bits(wanted)
+    first = [int(i) for i in np.unravel_index(int(unequal.reshape(-1).int().argmax()), tuple(got.shape))]
+    apart = (got.double() - wanted.double()).abs().nan_to_num(nan=torch.inf)
+    largest = float(apart.max())
+    if within and largest <= within * float(wanted.double().abs().max()):
+        return None, None
+    told = (
+        f"{int(unequal.sum())} of {got.numel()} values of initializer `{name}` differ, the first at {first}"
+    )
+    return told, largest if largest != float("inf") else None
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors have one shape and type and the same bits: 0.0 is not −0.0, and a NaN is itself."""
+    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(_bits(a), _bits(b))
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    flat = tensor.detach().cpu().contiguous()
+    return flat if flat.dtype == torch.bool else flat.view(_BITS[flat.dtype.itemsize])
+
+
+def _may_hold(value: Initializer) -> bool:
+    """Whether an initializer could hold weights: floats, and more than one."""
+    return value.dtype is not None and value.dtype.is_floating_point and int(np.prod(value.shape)) > 1
+
+
+def _lost(weight_map: WeightMap, state: Mapping[str, Tensor], used: Collection[str]) -> list[str]:
+    """Used keys that no initializer holds; tied ones are held by any of them."""
+    held = {key for source in weight_map.sources.values() for key in source.keys}
+    places = {_place(state[key]) for key in held if key in state}
+    return [key for key in state if key in used and key not in held and _place(state[key]) not in places]
+
+
+def used_keys(model: nn.Module, inputs: tuple[Tensor, ...]) -> set[str]:
+    """The floating tensors of its state_dict that a run of ``model`` computes with."""
+    recorder = Recorder()
+    run(model, inputs, recorder)
+    return {
+        key
+        for key, value in model.state_dict().items()
+        if value.is_floating_point() and value.numel() and _place(value) in recorder.touched
+    }
+
+
+def _place(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()

@@ -1,0 +1,203 @@
+"""Initializers against the state_dict, and how they are read; the first diverging layer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from faults import Exported, Vision, exported
+from onnx import TensorProto, external_data_helper, helper, numpy_helper
+
+from reparam.errors import CheckpointError
+from reparam.graph import InputSpec
+from reparam.onnxfile.reading import read_graph, read_initializers
+from reparam.onnxfile.weight_map import KEY, Source, WeightMap
+from reparam.verification import locating, verify_onnx
+from reparam.verification.samples import Sample, samples
+from reparam.verification.weights import check_weights, same_bits, used_keys
+
+SPECS = [InputSpec("x", ("N", 3, 10, 10))]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    return exported(Vision(), SPECS, tmp_path_factory.mktemp("base") / "m.onnx")
+
+
+def saved(tensors: list[onnx.TensorProto], path: Path) -> Path:
+    value = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
+    graph = helper.make_graph(
+        [helper.make_node("Identity", [tensors[0].name], ["y"])], "g", [], [value], tensors
+    )
+    onnx.save(helper.make_model(graph), path)
+    return path
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.bool]
+)
+@pytest.mark.parametrize("raw", [True, False])
+def test_values_are_read_bit_for_bit(dtype: torch.dtype, raw: bool, tmp_path: Path) -> None:
+    value = (torch.randn(3, 4, generator=torch.Generator().manual_seed(0)) * 3).to(dtype)
+    kind = {
+        torch.float32: 1, torch.float64: 11, torch.float16: 10, torch.bfloat16: 16, torch.int64: 7, torch.bool: 9
+    }[dtype]  # fmt: skip
+    if raw:
+        data = value.contiguous().view(torch.uint8).numpy().tobytes()
+        tensor = helper.make_tensor("w", kind, [3, 4], data, raw=True)
+    else:
+        tensor = helper.make_tensor("w", kind, [3, 4], value.flatten().tolist())
+    read = read_initializers(saved([tensor], tmp_path / "m.onnx"))["w"]
+    assert (read.shape, read.dtype) == ((3, 4), dtype)
+    assert same_bits(read.tensor(), value)
+
+
+def external(path: Path, location: str, **place: str) -> Path:
+    value = np.arange(6, dtype=np.float32).reshape(2, 3)
+    tensor = numpy_helper.from_array(value, "w")
+    external_data_helper.set_external_data(tensor, location)
+    tensor.ClearField("raw_data")
+    for key, text in place.items():
+        tensor.external_data.add(key=key, value=text)
+    return saved([tensor], path)
+
+
+def test_external_values_are_read_from_their_own_range(tmp_path: Path) -> None:
+    (tmp_path / "m.data").write_bytes(b"x" * 16 + np.arange(6, dtype=np.float32).tobytes() + b"y" * 8)
+    read = read_initializers(external(tmp_path / "m.onnx", "m.data", offset="16", length="24"))["w"]
+    assert torch.equal(read.tensor(), torch.arange(6.0).reshape(2, 3))
+
+
+@pytest.mark.parametrize(
+    "location", ["../m.data", "a/../../m.data", "/etc/hostname", "C:\\m.data", "..\\m.data", ""]
+)
+def test_external_values_outside_of_the_folder_are_refused(location: str, tmp_path: Path) -> None:
+    (tmp_path / "m.data").write_bytes(bytes(24))
+    (tmp_path / "in").mkdir()
+    with pytest.raises(CheckpointError, match=r"'w' are at .*refused"):
+        read_graph(external(tmp_path / "in" / "m.onnx", location))
+
+
+def test_a_link_out_of_the_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "m.data").write_bytes(bytes(24))
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "m.data").symlink_to(tmp_path / "m.data")
+    with pytest.raises(CheckpointError, match="refused"):
+        read_graph(external(tmp_path / "in" / "m.onnx", "m.data"))
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ({}, "cannot be read"),
+        ({"offset": "8", "length": "24"}, "has 16 bytes"),
+        ({"length": "x"}, "malformed"),
+    ],
+)
+def test_external_values_that_are_not_there(place: dict[str, str], message: str, tmp_path: Path) -> None:
+    if place:
+        (tmp_path / "m.data").write_bytes(bytes(24))
+    read = read_initializers(external(tmp_path / "m.onnx", "m.data", **place))["w"]
+    with pytest.raises(CheckpointError, match=message):
+        read.tensor()
+
+
+def test_a_file_that_is_none(tmp_path: Path) -> None:
+    (tmp_path / "m.onnx").write_bytes(b"")
+    for path, message in (
+        (tmp_path / "m.onnx", "not an ONNX file"),
+        (tmp_path / "no.onnx", "cannot be read"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            read_graph(path)
+
+
+def test_bits_tell_what_equality_does_not() -> None:
+    zero, nan = torch.zeros(2), torch.full((2,), torch.nan)
+    assert not same_bits(zero, -zero)
+    assert same_bits(nan, nan)
+    assert not same_bits(zero, zero.double())
+    assert not same_bits(zero, zero.reshape(1, 2))
+
+
+def check(base: Exported, weights: WeightMap | None = None, **changed: torch.Tensor) -> list[str]:
+    """The keys that fail."""
+    state = {**base.folded.state_dict(), **{k.replace("_", ".", 1): v for k, v in changed.items()}}
+    used = used_keys(base.folded, (torch.randn(2, 3, 10, 10),))
+    found = check_weights(base.path, onnx.load(base.path), weights or base.weights, state, used)
+    return [str(c.where).split("`")[1] for c in found.checks if not c.passed]
+
+
+def test_every_weight_is_held_against_its_source(base: Exported) -> None:
+    assert check(base) == []
+    for key, value in base.folded.state_dict().items():
+        if value.is_floating_point():
+            other = value.clone()
+            other.view(torch.int32).view(-1)[-1] ^= 1
+            assert check(base, **{key.replace(".", "_", 1): other}) == [key]
+
+
+def test_a_key_without_an_initializer_fails(base: Exported) -> None:
+    assert base.weights.sources["head.weight"].keys == ("head.weight",)
+    less = {name: source for name, source in base.weights.sources.items() if source.keys != ("head.weight",)}
+    assert check(base, WeightMap(less)) == ["head.weight"]
+    more = {**base.weights.sources, "none": Source(("head.weight",))}
+    assert check(base, WeightMap(more)) == ["head.weight"]
+    wrong = {**base.weights.sources, "head.weight": Source(("gone",))}
+    assert "gone" in check(base, WeightMap(wrong))
+
+
+def test_a_map_cannot_excuse_a_difference(base: Exported) -> None:
+    """A tolerance in the map is for batch norms that an exporter folded, and no larger than their rounding."""
+    lenient = {**base.weights.sources, "head.weight": Source(("head.weight",), "same", {"within": 1.0})}
+    value = base.folded.state_dict()["head.weight"] * 1.001
+    assert check(base, WeightMap(lenient), head_weight=value) == ["head.weight"]
+
+
+def test_a_layer_that_computes_nothing_need_not_be_held(tmp_path: Path) -> None:
+    model = Vision()
+    model.spare = torch.nn.Linear(4, 4)  # type: ignore[assignment]
+    base = exported(model, SPECS, tmp_path / "m.onnx", to="sp")
+    assert "spare.weight" not in used_keys(base.folded, (torch.randn(2, 3, 10, 10),))
+    assert base.verify().passed
+
+
+def test_the_map_in_the_metadata_is_used_and_a_wrong_one_fails(base: Exported, tmp_path: Path) -> None:
+    model = onnx.load(base.path)
+    swap = {"head.weight": Source(("side.weight",)), "side.weight": Source(("head.weight",))}
+    text = WeightMap({**base.weights.sources, **swap}).dump()
+    entries = [entry for entry in model.metadata_props if entry.key != KEY]
+    del model.metadata_props[:]
+    model.metadata_props.extend([*entries, onnx.StringStringEntryProto(key=KEY, value=text)])
+    onnx.save(model, tmp_path / "m.onnx")
+    report = verify_onnx(base.reference, None, tmp_path / "m.onnx", SPECS)
+    failed = {str(c.where).split("`")[1] for c in report.proof("weights") if not c.passed}
+    assert failed == {"head.weight", "side.weight"}
+    assert all(c.passed for c in report.proof("deployment"))
+
+
+def test_the_first_diverging_layer_takes_few_sessions(
+    base: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = []
+    open_session = locating.open_session
+    monkeypatch.setattr(locating, "open_session", lambda *a: opened.append(a) or open_session(*a))
+    model = onnx.load(base.path)
+    last = next(n for n in model.graph.node if n.op_type == "LeakyRelu")
+    last.attribute[0].f = 0.5
+    onnx.save(model, tmp_path / "m.onnx")
+    sample = [s for s in samples(base.folded, SPECS, 0) if isinstance(s, Sample)][4]
+    graph = read_graph(tmp_path / "m.onnx")
+    assert locating.locate(base.folded, tmp_path / "m.onnx", graph, base.weights, sample) == "dilated.weight"
+    layers = len(locating._places(base.folded, graph, base.weights))
+    assert layers == 6
+    assert len(opened) <= layers.bit_length()
+    assert all(len(names) == 1 for *_, names in opened)
+
+
+def test_no_layer_is_named_where_all_agree(base: Exported) -> None:
+    sample = [s for s in samples(base.folded, SPECS, 0) if isinstance(s, Sample)][4]
+    assert locating.locate(base.folded, base.path, read_graph(base.path), base.weights, sample) is None
