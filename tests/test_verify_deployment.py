@@ -24,6 +24,9 @@ ROWS = [InputSpec("x", ("N", 4))]
 EXACT = 1e-15
 WEIGHT = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
 
+#: float32, and no parameter: `double()` does not reach it
+HELD = torch.linspace(-0.3, 0.4, 4)
+
 
 class Net(nn.Module):
     """Whatever ``function`` makes of the input and a weight."""
@@ -84,6 +87,7 @@ def test_a_right_file_passes_and_says_by_how_much(tmp_path: Path) -> None:
 def test_a_cast_inside_the_model_does_not_narrow_the_reference() -> None:
     def narrow(x: Tensor, weight: Tensor) -> Tensor:
         table = torch.zeros(4, dtype=torch.float32) + torch.ones(4).to(torch.float16)
+        table = table + torch.exp(HELD) - 1
         return torch.softmax((x.float() * table.type_as(x)) @ weight.float().T, -1, dtype=torch.float32)
 
     x = torch.randn(5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -91,7 +95,7 @@ def test_a_cast_inside_the_model_does_not_narrow_the_reference() -> None:
     got = run(in_float64(Net(narrow)), [x], mode).outputs[0]
     assert got.dtype == torch.float64
     assert mode.widened > 0
-    want = torch.softmax(x @ WEIGHT.double().T, -1)
+    want = torch.softmax((x * HELD.double().exp()) @ WEIGHT.double().T, -1)
     assert float((got - want).abs().max()) <= EXACT
 
 

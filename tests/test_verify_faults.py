@@ -28,7 +28,7 @@ def test_every_fault_is_caught(name: str, bases: dict[str, Exported], tmp_path: 
     report = base.verify(faulty(base, fault, tmp_path / "faulty.onnx"))
     assert not report.passed
     failed = {proof for proof in PROOFS if any(not check.passed for check in report.proof(proof))}
-    assert set(fault.proofs) <= failed
+    assert set(fault.proofs) <= failed, report.lines()
     if fault.key:
         assert report.diverges == fault.key
     if fault.layer:
@@ -48,7 +48,7 @@ def test_files_without_a_fault_pass(name: str, seed: int, bases: dict[str, Expor
     report = bases[name].verify(seed=seed)
     assert report.passed, report.lines()
     assert report.diverges is None
-    assert all(report.proof(proof) for proof in PROOFS)
+    assert all(report.proof(proof) for proof in PROOFS), report.lines()
 
 
 def test_the_table_is_of_this_catalogue_and_nothing_is_missed() -> None:

@@ -18,6 +18,8 @@ from reparam.graph.inputs import InputSpec
 
 #: as ``--dtype`` names them
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+#: the first operator set whose convolutions and recurrent layers take bfloat16
+_BFLOAT16_OPSET = 22
 
 
 def cast_model(model: nn.Module, dtype: str) -> nn.Module:
@@ -42,6 +44,21 @@ def cast_specs(specs: Sequence[InputSpec], dtype: str) -> tuple[InputSpec, ...]:
     """The inputs of the cast model: floating ones in its type."""
     name = str(_dtype(dtype)).removeprefix("torch.")
     return tuple(replace(spec, dtype=name) if spec.is_float else spec for spec in specs)
+
+
+def opset_for(dtype: str | None, opset: int | None) -> int | None:
+    """The operator set to export to, None for the exporter's default.
+
+    Raises:
+        ReparamError: one without the type.
+    """
+    if dtype != "bf16":
+        return opset
+    if opset is not None and opset < _BFLOAT16_OPSET:
+        raise ReparamError(
+            f"--opset {opset}: has no convolutions in bfloat16: leave it out or give {_BFLOAT16_OPSET}"
+        )
+    return opset or _BFLOAT16_OPSET
 
 
 def _dtype(name: str) -> torch.dtype:

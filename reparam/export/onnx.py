@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from onnxscript import ir
 from torch import Tensor, nn
 
 from reparam.errors import CheckFailedError, ReparamError
-from reparam.export.casting import cast_model, cast_specs
+from reparam.export.casting import cast_model, cast_specs, opset_for
 from reparam.export.initializers import Held, hold_as_mapped, move_outside, nbytes
 from reparam.graph.inputs import InputSpec
 from reparam.onnxfile.mapping import Found, find_map
@@ -80,7 +81,7 @@ def export_onnx_model(
         model: in evaluation mode, on the CPU; takes the inputs positionally. Not changed.
         specs: its inputs, in order. Their dynamic axes stay dynamic in the file, under the same names.
         path: where to write; replaced if it exists.
-        opset: version of the default operator set, the exporter's default without.
+        opset: version of the default operator set, the exporter's default without; for bf16 at least 22.
         dtype: "fp16" or "bf16": all of the model, and its floating inputs and outputs, are cast to it.
         metadata: properties of the file, see :mod:`reparam.onnxfile.metadata`; the map of its weights is added.
         target: the name ``path`` will have in the end, after which a data file is named.
@@ -97,9 +98,8 @@ def export_onnx_model(
         )
     if dtype is not None:
         model, specs = cast_model(model, dtype), cast_specs(specs, dtype)
-    inputs = example_inputs(specs)
-    _dry_run(model, inputs)
-    program = _export(model, inputs, specs, opset)
+    _dry_run(model, example_inputs(specs))
+    program = bare_export(model, specs, opset_for(dtype, opset))
     _require_dynamic(program, specs)
     _anonymize(program)
     found, unused = _map(program, model)
@@ -108,23 +108,26 @@ def export_onnx_model(
     data = None
     if sum(map(nbytes, program.model.graph.initializers.values())) > largest:
         data = move_outside(program, target or path)
-    with _quiet():
-        program.save(path, external_data=False)
+    # Not by `program.save`, which moves values outside by itself above 1.5 GB, under the name of the moment.
+    ir.save(program.model, path)
     with path.open("rb") as file:
         os.fsync(file.fileno())
     return Exported(tuple(specs), found, tuple(unused), data)
 
 
-def _export(
-    model: nn.Module, inputs: tuple[Tensor, ...], specs: Sequence[InputSpec], opset: int | None
-) -> ONNXProgram:
+def bare_export(model: nn.Module, specs: Sequence[InputSpec], opset: int | None = None) -> ONNXProgram:
+    """torch's own export, in memory and without a word.
+
+    Raises:
+        CheckFailedError: it fails.
+    """
     dims = {axis: torch.export.Dim(axis, min=1) for spec in specs for axis in spec.dynamic}
     shapes = tuple({i: dims[a] for i, a in enumerate(spec.axes) if isinstance(a, str)} for spec in specs)
     with _quiet():
         try:
             program = torch.onnx.export(
                 model,
-                inputs,
+                example_inputs(specs),
                 dynamo=True,
                 verbose=False,
                 opset_version=opset,

@@ -11,6 +11,10 @@ from reparam.errors import CheckFailedError
 PROOFS = ("weights", "algebra", "deployment")
 
 
+# Failures of one proof that are shown one by one.
+_SHOWN = 8
+
+
 @dataclass(frozen=True)
 class Check:
     """One thing that was checked.
@@ -83,7 +87,10 @@ class Report:
             checks = self.proof(name)
             if checks:
                 lines.append(f"{name}: {'passed' if all(c.passed for c in checks) else 'FAILED'}")
-                lines += [f"  {check}" for check in checks]
+                failed = [check for check in checks if not check.passed]
+                shown = [check for check in checks if check.passed or check in failed[:_SHOWN]]
+                lines += [f"  {check}" for check in shown]
+                lines += [f"  … and {len(failed) - _SHOWN} more that failed"] * (len(failed) > _SHOWN)
             else:
                 lines.append(f"{name}: not run")
         if self.diverges:

@@ -7,7 +7,6 @@ real data                       where given, as it is
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from reparam.errors import DataError
 from reparam.graph.inputs import FEWEST, InputSpec
-from reparam.verification.exact import run
+from reparam.verification.exact import Float64, in_float64, run
 
 NOISE = (0.1, 1.0, 10.0)
 _FIRST, _OTHER = (1, 2, 7), (32, 64, 96)
@@ -48,12 +47,13 @@ def samples(
     """The set of inputs; and, a line each, the sizes that ``model`` refuses.
 
     Args:
-        model: the original, in evaluation mode, taking inputs of the types of ``specs``.
+        model: the original, in evaluation mode.
         specs: its inputs.
         seed: of the noise.
         data: real inputs.
     """
     generator = torch.Generator().manual_seed(seed)
+    model = in_float64(model)  # takes inputs of any type
     accepted, refused = _sizes(model, specs)
     yield from refused
     highs = [None if spec.is_float else _rows(model, specs, i) for i, spec in enumerate(specs)]
@@ -95,7 +95,7 @@ def _told(sizes: Sequence[tuple[str, int]]) -> str:
 def _refusal(model: nn.Module, specs: Sequence[InputSpec], sizes: Mapping[str, int]) -> str | None:
     generator = torch.Generator().manual_seed(0)
     try:
-        run(copy.deepcopy(model), [spec.sample(generator, sizes) for spec in specs])
+        run(model, [spec.sample(generator, sizes) for spec in specs], Float64())
     except Exception as error:  # whatever a forward pass raises
         lines = str(error).strip().splitlines()
         return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
@@ -111,7 +111,7 @@ def _rows(model: nn.Module, specs: Sequence[InputSpec], index: int) -> int:
         inputs = [spec.sample(generator, sizes) for spec in specs]
         inputs[index] = torch.full_like(inputs[index], value)
         try:
-            found.append(run(copy.deepcopy(model), inputs).recorder.lookups)
+            found.append(run(model, inputs, Float64()).recorder.lookups)
         except Exception:  # as above; sizes it does not take are reported elsewhere
             return FEWEST
     highs = [

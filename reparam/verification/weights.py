@@ -8,7 +8,7 @@ cannot see is whether the graph uses the weights rightly.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from reparam.onnxfile import transforms
 from reparam.onnxfile.folded_norms import WITHIN
 from reparam.onnxfile.reading import Initializer, read_initializers
 from reparam.onnxfile.weight_map import Source, WeightMap
-from reparam.verification.exact import Recorder, run
+from reparam.verification.exact import Float64, in_float64, run
 from reparam.verification.report import Check
 
 _LISTED = 8
@@ -164,9 +164,9 @@ def _lost(weight_map: WeightMap, state: Mapping[str, Tensor], used: Collection[s
     return [key for key in state if key in used and key not in held and _place(state[key]) not in places]
 
 
-def used_keys(model: nn.Module, inputs: tuple[Tensor, ...]) -> set[str]:
+def used_keys(model: nn.Module, inputs: Sequence[Tensor]) -> set[str]:
     """The floating tensors of its state_dict that a run of ``model`` computes with."""
-    recorder = Recorder()
+    model, recorder = in_float64(model), Float64()  # takes inputs of any type
     run(model, inputs, recorder)
     return {
         key
