@@ -83,7 +83,7 @@ def convert(
     """
     graph = {"--fold-bn": fold_bn, "--mean-norm": mean_norm, "--calibrate": calibrate, "--scale": scale}
     asked = [option for option, value in graph.items() if value]
-    if arch is not None or ((asked or to == "unit") and _describes_network(path)):
+    if arch is not None or _takes_network(path, bool(asked) or to == "unit"):
         tensors_only = {"--layout": layout, "--theta-dtype": theta_dtype, "--exact": exact, "--axis": axis}
         for option, value in tensors_only.items():
             if value:
@@ -135,11 +135,16 @@ def convert(
         _print(report)
 
 
-def _describes_network(path: Path) -> bool:
+def _takes_network(path: Path, asked: bool) -> bool:
+    """Whether a Hugging Face folder is to be converted as a network: if that was asked for, or was done to it before."""
     from reparam.checkpoint import open_checkpoint
     from reparam.pipeline.loading import describes_network
 
-    return describes_network(open_checkpoint(path))
+    if not asked and not path.is_dir():
+        return False
+    checkpoint = open_checkpoint(path)
+    rewritten = any(record.rewritten is not None for record in checkpoint.records.values())
+    return (asked or rewritten) and describes_network(checkpoint)
 
 
 def _convert_model(as_json: bool, **options: Any) -> None:

@@ -28,6 +28,7 @@ def export(
         typer.Option("--input", help="N,3,32,32 (a letter is a dynamic axis) or name=float32[N,3,32,32]."),
     ] = None,
     opset: Annotated[int | None, typer.Option(help="Version of ONNX's operator set.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="fp16 or bf16: cast weights, inputs and outputs.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the inputs of the comparison.")] = 0,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -48,6 +49,7 @@ def export(
             onnx,
             arch_args=parse_arch_args(arch_arg),
             opset=opset,
+            dtype=dtype,
             seed=seed,
             force=force,
         )

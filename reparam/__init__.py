@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     )
     from reparam.errors import CheckFailedError, ReparamError
     from reparam.graph import Outcome, convert, fold
-    from reparam.pipeline import export_onnx, finetune
+    from reparam.pipeline import export_onnx, finetune, verify
 
 __version__ = "0.1.0"
 
@@ -38,6 +38,7 @@ _HOMES = {
     "inspect_checkpoint": "reparam.checkpoint",
     "load_state_dict": "reparam.checkpoint",
     "save_state_dict": "reparam.checkpoint",
+    "verify": "reparam.pipeline",
 }
 
 __all__ = [
@@ -54,6 +55,7 @@ __all__ = [
     "inspect_checkpoint",
     "load_state_dict",
     "save_state_dict",
+    "verify",
 ]
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -19,6 +21,7 @@ from reparam import pipeline
 from reparam.checkpoint import convert_checkpoint
 from reparam.errors import ArchitectureError, CheckFailedError, OutputError, ReparamError
 from reparam.export import export_onnx_model
+from reparam.export.onnx import Exported
 from reparam.graph import InputSpec, parse_spec
 from reparam.verification import VerificationError, compare_onnx
 
@@ -83,7 +86,10 @@ def test_the_export_is_proven_named_and_clean(
     done = pipeline.export_onnx(converted, ARCH, [parse_spec("pixels=float32[batch,1,28,28]")], out)
     printed = capfd.readouterr()
     assert (printed.out, printed.err) == ("", "")
-    assert [check.name for check in done.report.checks] == ["largest error", "rms error"]
+    assert [(check.proof, check.name) for check in done.report.checks] == [
+        ("weights", "weights"), ("algebra", "folded model"), ("algebra", "graph"),
+        ("deployment", "largest error"), ("deployment", "rms error"),
+    ]  # fmt: skip
     assert done.report.passed
     assert [file.name for file in tmp_path.iterdir()] == ["cnn.onnx"]
     model = onnx.load(out)
@@ -105,8 +111,30 @@ def test_the_report_is_json(converted: Path, tmp_path: Path) -> None:
         assert set(check) == {
             "name", "passed", "max_abs", "max_rel", "noise_floor", "tolerance", "where", "proof"
         }  # fmt: skip
+    assert value["proofs"] == {"weights": True, "algebra": True, "deployment": True}
+    deployed = [check for check in value["checks"] if check["proof"] == "deployment"]
+    assert deployed
+    for check in deployed:
         assert 0 < check["max_rel"] <= check["tolerance"] < 1e-4
         assert check["noise_floor"] >= 2.0**-24
+
+
+def test_the_file_says_where_it_comes_from(converted: Path, tmp_path: Path) -> None:
+    out = tmp_path / "cnn.onnx"
+    pipeline.export_onnx(converted, ARCH, IMAGE, out)
+    found = {entry.key: entry.value for entry in onnx.load(out).metadata_props}
+    assert found["reparam.source"] == f"sha256:{hashlib.sha256(converted.read_bytes()).hexdigest()}"
+    assert found["reparam.parameterization"] == "gmp"
+    assert json.loads(found["reparam.verification"]) == {"weights": True, "algebra": True, "deployment": True}
+    assert "conv1.weight" in json.loads(found["reparam.weights"])
+
+
+def test_half_precision(converted: Path, tmp_path: Path) -> None:
+    done = pipeline.export_onnx(converted, ARCH, IMAGE, tmp_path / "cnn.onnx", dtype="fp16")
+    assert done.report.passed
+    types = {tensor.data_type for tensor in onnx.load(done.output).graph.initializer}
+    assert onnx.TensorProto.FLOAT16 in types
+    assert onnx.TensorProto.FLOAT not in types
 
 
 Change = Callable[[onnx.ModelProto], None]
@@ -233,12 +261,13 @@ def test_an_original_that_is_not_finite_is_no_reference(tmp_path: Path) -> None:
     assert [check.name for check in compare_onnx(Infinite(), tmp_path / "m.onnx", SMALL).checks] == ["finite"]
 
 
-def tampering(change: Change) -> Callable[..., None]:
-    def export(model: nn.Module, specs: list[InputSpec], path: Path, opset: int | None = None) -> None:
-        export_onnx_model(model, specs, path, opset)
+def tampering(change: Change) -> Callable[..., Exported]:
+    def export(model: nn.Module, specs: list[InputSpec], path: Path, *args: Any, **options: Any) -> Exported:
+        done = export_onnx_model(model, specs, path, *args, **options)
         proto = onnx.load(path)
         change(proto)
         onnx.save(proto, path)
+        return done
 
     return export
 

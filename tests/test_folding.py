@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from reparam.errors import ReparamError
-from reparam.graph import fold, load_architecture
+from reparam.graph import convert, fold, load_architecture
 from reparam.graph.capture import Capture, capture
 from reparam.graph.outcome import Outcome
 from reparam.graph.rewritten import Rewritten
@@ -438,3 +438,30 @@ def test_without_a_graph_everything_folds_as_before() -> None:
     assert type(folded) is Branching
     assert report == [Outcome("fold", "fc", True, "GmPLinear folded into Linear")]
     assert difference(folded, oracle(plain, model, {}), noise(2, 3)) <= EXACT
+
+
+@pytest.mark.parametrize("signs", [False, True])
+def test_tied_layers_each_have_their_scale(signs: bool) -> None:
+    """The graph shows the r of both under the name of the first."""
+    plain = sequential(
+        a=nn.Linear(4, 4), relu1=nn.ReLU(), b=nn.Linear(4, 4), relu2=nn.ReLU(), c=nn.Linear(4, 3)
+    )
+    plain.b.weight = plain.a.weight
+    model, x = convert(plain, "gmp"), noise(5, 4)
+    assert difference(model, plain, x) <= EXACT
+    assert model.a.r is model.b.r
+    assert model.a.scale_outside
+    assert model.b.scale_outside
+    with torch.no_grad():
+        model.a.lambda_ += 0.25
+        model.a.r *= torch.tensor([-1.0 if signs else 1.0, 2.0, 0.5, 1.0])
+    report: list[Outcome] = []
+    folded = fold(model, report)
+    assert difference(folded, model, x) <= EXACT
+    assert folded.a.weight is folded.b.weight
+    if signs:
+        assert "one multiplication remains" in why(report, "a")
+        assert "pushed into `c`" in why(report, "b")
+        assert set(folded.state_dict()) - set(plain.state_dict()) == {"a_sign"}
+    else:
+        assert type(folded) is nn.Sequential

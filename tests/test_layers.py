@@ -168,6 +168,28 @@ def test_a_zero_row_with_a_bias_keeps_its_bias() -> None:
     assert torch.equal(layer.fold().bias, plain.bias)
 
 
+@pytest.mark.parametrize("size", [1e-42, 1e-24, 1.0, 1e20, 1e37])
+def test_weight_norm_of_any_size(size: float) -> None:
+    """Squares of these do not fit float32, the weights and, where they fit it, the gradients do."""
+    torch.manual_seed(0)
+    linear = nn.Linear(6, 3)
+    with torch.no_grad():
+        linear.weight.mul_(size)
+    layer = LAYERS["wn", nn.Linear].from_plain(linear)
+    wide = copy.deepcopy(layer).double()
+    composed = layer.composed().detach()
+    assert row_error(composed, linear.weight.detach()) <= (1e-6 if size > 1e-30 else 1e-2)
+    assert row_error(layer.fold().weight.detach(), composed) <= (1e-6 if size > 1e-30 else 1e-2)
+    if size > 1e-30:
+        toward = torch.randn(3, 6)
+        for one in (layer, wide):
+            (one.composed() * (toward.to(one.weight_v.dtype) / size)).sum().backward()
+        for role, parameter in layer.named_parameters():
+            if role != "bias":
+                expected = wide.get_parameter(role).grad
+                torch.testing.assert_close(parameter.grad.double(), expected, rtol=2e-5, atol=2e-6 / size)
+
+
 def test_nan_weights_are_refused() -> None:
     plain = nn.Conv2d(1, 2, 3)
     with torch.no_grad():

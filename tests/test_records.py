@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,18 @@ class Aliased(nn.Module):
         return self.head(F.relu(self.other(self.conv(x))))
 
 
+class TwoNorms(nn.Module):
+    """Two batch norms behind one layer, the first of them under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn, self.bn2 = nn.Conv2d(2, 4, 3, bias=False), nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+        self.other, self.head = self.bn, nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.relu(self.bn2(self.bn(self.conv(x)))))
+
+
 def zero_rows() -> nn.Module:
     """A row of zeros with a bias: no lambda is usable; a layer of one input; a layer without bias."""
     model = sequential(
@@ -106,6 +118,8 @@ CASES = {
     "plain, batch norm folded": Case(normed, (X,), {"to": "sp", "fold_bn": True}),
     "one layer, batch norm folded": Case(normed, (X,), {"to": "gmp", "fold_bn": True, "include": ["conv2"]}),
     "batch norm under three names": Case(lambda: randomized(Aliased()), (X,), {"to": "gmp", "fold_bn": True}),
+    "two batch norms": Case(lambda: randomized(TwoNorms()), (X,), {"to": "gmp", "fold_bn": True}),
+    "plain, two batch norms": Case(lambda: randomized(TwoNorms()), (X,), {"to": "sp", "fold_bn": True}),
     "tied": Case(lambda: randomized(Tied()), (WORDS,), {"to": "gmp"}),
     "tied, MN": Case(lambda: randomized(Tied()), (WORDS,), {"to": "gmp", "mean_norm": True, "calibrate": [WORDS]}),
     "tied, WN": Case(lambda: randomized(Tied()), (WORDS,), {"to": "wn"}),
@@ -240,6 +254,10 @@ TEXT = (
 def test_every_field_in_golden_text() -> None:
     assert metadata.dump({"block.conv.weight": GOLDEN}) == TEXT
     assert metadata.load(TEXT, "file") == {"block.conv.weight": GOLDEN}
+    several = replace(GOLDEN, more_batch_norms=("block.bn2",))
+    text = TEXT.replace('"block.bn"', '["block.bn","block.bn2"]')
+    assert metadata.dump({"block.conv.weight": several}) == text
+    assert metadata.load(text, "file") == {"block.conv.weight": several}
 
 
 @pytest.mark.parametrize(
@@ -250,6 +268,7 @@ def test_every_field_in_golden_text() -> None:
         {"momentum": "x"}, {"momentum": None}, {"momentum": -0.1}, {"momentum": 1.5}, {"momentum": float("nan")},
         {"gained_bias": "yes"}, {"gained_bias": 1}, {"gained_bias": True, "mean": None},
         {"gained_bias": True, "bias": None}, {"batch_norm": 3}, {"batch_norm": ["bn"]}, {"batch_norm": ""},
+        {"batch_norm": []}, {"batch_norm": ["bn", ""]}, {"batch_norm": ["bn", "bn"]}, {"batch_norm": ["bn", ["bn2"]]},
         {"kind": "sp", "batch_norm": None, "mean": None, "scale": "inside"},
     ],
 )  # fmt: skip
@@ -302,6 +321,18 @@ def test_a_sign_that_stayed_is_for_onnx_alone() -> None:
         ArchitectureError, match="a negative r before what is not linear left a multiplication"
     ):
         records_of(fold(model))
+    with pytest.raises(ArchitectureError, match="left a multiplication"):
+        records_of(nn.Sequential(fold(model)))
+
+
+def test_a_buffer_named_like_a_sign_is_the_users_own(tmp_path: Path) -> None:
+    def build() -> nn.Module:
+        plain = normed()
+        plain.register_buffer("plus_sign", torch.ones(3))
+        return plain
+
+    model = convert(build(), "gmp")
+    assert difference(there_and_back(model, build(), tmp_path / "model.safetensors"), model, X) <= EXACT
 
 
 @pytest.mark.parametrize(

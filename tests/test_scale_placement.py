@@ -118,6 +118,18 @@ CASES = {
         ((2, 4, 3),),
         {"fc1": "act1", "fc2": "act2"},
     ),
+    "a pool over the units of a linear layer": Case(
+        lambda: sequential(
+            fc1=nn.Linear(3, 6), act=nn.ReLU(), pool=nn.MaxPool1d(3, 1, 1), fc2=nn.Linear(6, 2)
+        ),
+        ((2, 3),),
+        {"fc1": "act"},
+    ),
+    "a pool over the units of a convolution": Case(
+        lambda: sequential(conv1=nn.Conv1d(2, 4, 3), act=nn.ReLU(), pool=nn.MaxPool2d(2), fc=nn.Linear(3, 2)),
+        ((2, 2, 8),),
+        {"conv1": "act"},
+    ),
     "a shared activation": Case(
         lambda: randomized(Shared()), ((2, 2, 5, 5),), {"conv1": "mark1", "conv2": "mark2"}
     ),

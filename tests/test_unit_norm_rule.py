@@ -17,6 +17,9 @@ from torch.nn.utils import parametrizations
 from examples.models.cifar_resnet import CifarResNet
 from examples.models.mini_vgg import MiniVGG
 from reparam.errors import NonFiniteError, ReparamError
+from reparam.graph.capture import capture
+from reparam.graph.inplace import fixed
+from reparam.graph.rules.swap import swap_layers
 from reparam.graph.rules.unit_norm import unit_norms
 from reparam.layers import LAYERS, Reparameterized
 
@@ -99,7 +102,19 @@ CHAINS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], list[str]]] = 
     "viewed, by shape": (
         lambda: flat(lambda m, x: m.b(m.a(x).reshape((x.shape[0], 120)))), (2, 2, 6, 5), ["a"],
     ),
-    "viewed, by features": (lambda: flat(lambda m, x: m.b(m.a(x).view(-1, 120))), (2, 2, 6, 5), ["a"]),
+    "viewed, features -1 by the shape of the input": (
+        lambda: flat(lambda m, x: m.b(m.act(m.a(x)).view(x.size()[0], -1))), (2, 2, 6, 5), ["a"],
+    ),
+    "viewed, by features: rows may be parts of samples": (
+        lambda: flat(lambda m, x: m.b(m.a(x).view(-1, 120))), (2, 2, 6, 5), [],
+    ),
+    "viewed, by features that are the positions in space": (
+        lambda: flat(lambda m, x: m.b(m.a(x).view(-1, 16)), 16), (2, 2, 4, 4), [],
+    ),
+    "viewed, by the samples before frames were put among them": (
+        lambda: flat(lambda m, x: m.b(m.a(x.flatten(0, 1)).mean((2, 3)).reshape(x.size(0), -1)), 3 * 4),
+        (2, 3, 2, 4, 4), [],
+    ),
     "mean over space": (lambda: flat(lambda m, x: m.b(m.act(m.a(x)).mean((2, -1))), 4), (2, 2, 6, 5), ["a"]),
     "mean over one axis": (
         lambda: flat(lambda m, x: m.b(m.a(x).mean(-1).flatten(1)), 24), (2, 2, 6, 5), ["a"],
@@ -192,7 +207,13 @@ def test_layers_are_taken_as_they_run_not_as_they_are_registered() -> None:
         (lambda m, x: m.lin(m.a(x)), "`lin` (Linear) does not take its units as input channels"),
         (lambda m, x: m.row(m.a(x)), "`row` (Linear) does not take its units as input channels"),
         (lambda m, x: m.lin(m.a(x).flatten(2)), "`flatten` takes its output"),
-        (lambda m, x: m.lin(m.a(x).view(x.size(1), -1)), "`view` takes its output"),
+        (
+            lambda m, x: m.lin(m.a(x).view(x.size(1), -1)),
+            "`view` takes its output, and need not keep its samples",
+        ),
+        (lambda m, x: m.lin((y := m.a(x)).view(y.shape[1], -1)), "write flatten(1)"),
+        (lambda m, x: m.lin(m.a(x).view(-1, 5)), "write flatten(1)"),
+        (lambda m, x: m.lin(m.a(x.transpose(0, 1)).reshape(x.shape[0], -1)), "write flatten(1)"),
         (lambda m, x: m.lin(m.a(x).view(2, 4, -1)), "`view` takes its output"),
         (lambda m, x: m.b(m.a(x)) if x.sum() > 0 else x, "torch.fx cannot trace Net"),
     ],
@@ -230,6 +251,9 @@ def hooked(module: nn.Module, *args: Any) -> None:
         (lambda m: m.a.register_forward_hook(hooked), "its forward hooks"),
         (lambda m: m.act.register_forward_hook(hooked), "hooks of `act` take values"),
         (lambda m: m.b.register_forward_pre_hook(hooked), "hooks of `b` take values"),
+        (lambda m: m.b.register_forward_hook(hooked), "hooks of `b` take values"),
+        (lambda m: setattr(m.b, "forward", m.b.forward), "of `b` was replaced"),
+        (lambda m: setattr(m.act, "forward", torch.sin), "of `act` was replaced"),
         (
             lambda m: setattr(m, "b", LAYERS["gmp", nn.Conv2d].from_plain(m.b)),
             "`b` is in the gmp parameterization",
@@ -251,6 +275,41 @@ def test_refused_for_what_the_modules_are(change: Callable[[Any], Any], reason: 
     (found,) = unit_norms(model, ["a"])
     assert not found.applied
     assert reason in found.why
+
+
+def test_a_forward_replaced_on_a_layer() -> None:
+    model = convs(lambda m, x: m.b(m.act(m.a(x))))
+    captured = capture(model)
+    model.a.forward = model.b.forward
+    assert fixed(captured, model.a) == "the forward of `a` was replaced on the instance"
+    assert fixed(captured, model.b) is None
+    first, second = swap_layers(model, "gmp", ["a", "b"])
+    assert (first.applied, first.why) == (False, "its forward was replaced on the instance")
+    assert second.applied
+
+
+class Applied(nn.Module):
+    """A block of functions alone: no name of a layer tells of it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x)
+
+
+@pytest.mark.parametrize(
+    ("watched", "passes"), [("0", False), ("1", False), ("2", False), ("3", True), ("", True)]
+)
+def test_hooks_of_a_block_that_sees_what_would_change(watched: str, passes: bool) -> None:
+    model = sequential(
+        nn.Sequential(nn.Linear(3, 4)),
+        Applied(),
+        nn.Sequential(nn.Linear(4, 4)),
+        nn.Sequential(nn.Softmax(-1)),
+    )
+    model.get_submodule(watched).register_forward_hook(hooked)
+    (found,) = unit_norms(model, ["0.0"])
+    assert found.why == (
+        "scale pushed into `2.0`" if passes else f"hooks of `{watched}` take values that would change"
+    )
 
 
 def test_parametrized_consumers_and_wrong_names() -> None:

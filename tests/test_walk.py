@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -98,6 +99,40 @@ def test_features_that_are_not_runs_of_the_units(first: nn.Module, axis: int, fe
     (call,) = captured.calls(model[0])
     reason = linear_consumers(captured, call, 4, axis, "signs")
     assert reason == "`2` (Linear) does not take its units as input channels"
+
+
+def test_views_are_flattenings_where_their_samples_are_those_of_the_viewed() -> None:
+    assert viewed(lambda m, x, y: y.view(y.size(0), -1)) == 1
+    assert viewed(lambda m, x, y: y.flatten(1).view(x.shape[0], 24)) == 1
+    assert viewed(lambda m, x, y: y.reshape((m.bn(m.other(x)).size(dim=0), -1))) == 1
+    reason = "`{}` takes its output, and need not keep its samples apart: write flatten(1)"
+    for name, view in {
+        "view": lambda m, x, y: y.view(-1, 24),
+        "view_1": lambda m, x, y: y.view(m.other(x).view(-1, 24).size(0), -1),
+        "reshape": lambda m, x, y: y.reshape(x.mean(0).size(0), -1),
+        "reshape_1": lambda m, x, y: y.reshape(torch.reshape(x, (-1, 2)).shape[0], -1),
+    }.items():
+        assert viewed(view) == reason.format(name)
+
+
+class Viewed(nn.Module):
+    """A layer's output, viewed by a function of the model, its input and that output."""
+
+    def __init__(self, view: Callable[[Any, Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.other, self.bn = nn.Conv2d(2, 4, 3), nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4)
+        self.last, self.view = nn.Linear(24, 2), view
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.view(self, x, self.first(x)))
+
+
+def viewed(view: Callable[[Any, Tensor, Tensor], Tensor]) -> int | str:
+    """How many consumers the walk finds, or why it ends."""
+    captured = capture(Viewed(view))
+    (call,) = captured.calls(captured.model.first)
+    found = linear_consumers(captured, call, 4, -3, "signs")
+    return found if isinstance(found, str) else len(found)
 
 
 class Averaged(nn.Module):

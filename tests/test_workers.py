@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import threading
@@ -15,7 +16,7 @@ from safetensors.torch import save_file
 
 from reparam.checkpoint import convert_checkpoint, running, workers
 from reparam.checkpoint.workers import each
-from reparam.errors import NonFiniteError, ReparamError
+from reparam.errors import NonFiniteError, OutputError, ReparamError
 
 pytestmark = pytest.mark.skipif(not workers._CAN_FORK, reason="this system does not fork")
 
@@ -148,4 +149,25 @@ def test_a_bad_value_met_by_a_process_is_named(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(running, "_WORTHWHILE", 0)
     with pytest.raises(NonFiniteError, match=r"m\.safetensors: 'b\.weight' holds NaN or Inf"):
         convert_checkpoint(tmp_path / "m.safetensors", "gmp")
+    assert [file.name for file in tmp_path.iterdir()] == ["m.safetensors"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fdatasync"), reason="nothing is flushed before the end")
+def test_a_disk_that_fails_meanwhile_is_an_error_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system tells of it once, and not in the last step."""
+    failed = threading.Event()
+
+    def fail_once(handle: int) -> None:
+        if not failed.is_set():
+            failed.set()
+            raise OSError(errno.EIO, "Input/output error")
+
+    save_file({"a.weight": torch.ones(6, 4), "b.weight": torch.ones(6, 4)}, tmp_path / "m.safetensors")
+    monkeypatch.setattr(os, "fdatasync", fail_once)
+    monkeypatch.setattr(running, "_FLUSH", 0.001)
+    with pytest.raises(OutputError, match="Input/output error"):
+        convert_checkpoint(tmp_path / "m.safetensors", "wn", progress=lambda *_: failed.wait(60) or None)
+    assert failed.is_set()
     assert [file.name for file in tmp_path.iterdir()] == ["m.safetensors"]

@@ -6,7 +6,7 @@
 
 The key of a layer is the key its plain weight has in a state_dict. What a graph rule did to a layer stands beside it:
 "scale": "outside" (after the activation), "mean": "mn" or "mbn" with its "momentum", "gained_bias": true (the plain
-layer has none), "batch_norm": the module that was folded in. Such a file needs its network again to be converted.
+layer has none), "batch_norm": the module that was folded in, a list where there were several. Such a file needs its network again to be converted.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ class LayerRecord:
         momentum: of the running mean.
         gained_bias: mean normalization gave it the bias.
         batch_norm: name of the batch norm that was folded into it, None without.
+        more_batch_norms: names of those that were folded into it besides.
     """
 
     kind: str
@@ -48,6 +49,12 @@ class LayerRecord:
     momentum: float = 0.01
     gained_bias: bool = False
     batch_norm: str | None = None
+    more_batch_norms: tuple[str, ...] = ()
+
+    @property
+    def batch_norms(self) -> tuple[str, ...]:
+        """Names of all batch norms that were folded into it."""
+        return () if self.batch_norm is None else (self.batch_norm, *self.more_batch_norms)
 
     @property
     def rewritten(self) -> str | None:
@@ -56,6 +63,8 @@ class LayerRecord:
             return "its scale stands after the activation"
         if self.mean is not None:
             return "its mean is normalized"
+        if self.more_batch_norms:
+            return f"the batch norms {', '.join(self.batch_norms)} are folded into it"
         return None if self.batch_norm is None else f"the batch norm {self.batch_norm} is folded into it"
 
     def to_json(self) -> dict[str, Any]:
@@ -81,7 +90,7 @@ class LayerRecord:
         if self.gained_bias:
             record["gained_bias"] = True
         if self.batch_norm is not None:
-            record["batch_norm"] = self.batch_norm
+            record["batch_norm"] = list(self.batch_norms) if self.more_batch_norms else self.batch_norm
         return record
 
 
@@ -142,7 +151,9 @@ def _record(value: dict[str, Any]) -> LayerRecord:
         raise ValueError(f"momentum {momentum!r}")
     if type(gained) is not bool or (gained and (mean is None or bias is None)):
         raise ValueError(f"gained_bias {gained!r} with mean {mean!r} and bias {bias!r}")
-    if not (batch_norm is None or (isinstance(batch_norm, str) and batch_norm)):
+    norms: list[Any] = batch_norm if isinstance(batch_norm, list) and len(batch_norm) > 1 else [batch_norm]
+    named = all(isinstance(norm, str) and norm for norm in norms)
+    if batch_norm is not None and not (named and len(set(norms)) == len(norms)):
         raise ValueError(f"batch_norm {batch_norm!r}")
     if bias not in (None, "bias", "lambda_") or spec.theta_origin not in ("equator", "pole"):
         raise ValueError(f"bias {bias!r}, theta_origin {spec.theta_origin!r}")
@@ -162,7 +173,8 @@ def _record(value: dict[str, Any]) -> LayerRecord:
         mean,
         float(momentum),
         gained,
-        batch_norm,
+        norms[0],
+        tuple(norms[1:]),
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
@@ -60,6 +59,7 @@ class SafetensorsWriter:
         self._entries = entries
         header, self._places = header_of(entries, metadata)
         self._written: Counter[str] = Counter()
+        self._failed: OSError | None = None
         self._file = path.open("xb", buffering=0)
         self._put(0, memoryview(header))
 
@@ -124,16 +124,23 @@ class SafetensorsWriter:
             data = data[self._file.write(data) :]
 
     def flush(self) -> None:
-        """Bring to disk what is written so far, where the system can; a failure is left for ``close`` to meet."""
+        """Bring to disk what is written so far, where the system can; ``close`` raises the first failure.
+
+        Linux tells of a write that failed once: a later fsync would succeed, over a file with a hole.
+        """
         if hasattr(os, "fdatasync"):
-            with contextlib.suppress(OSError):
+            try:
                 os.fdatasync(self._file.fileno())
+            except OSError as error:
+                self._failed = self._failed or error
 
     def close(self) -> None:
         unwritten = [key for key, (_, size) in self._places.items() if self._written[key] != size]
         assert not unwritten, unwritten[:3]
         try:
             os.fsync(self._file.fileno())
+            if self._failed is not None:
+                raise self._failed
         finally:
             self._file.close()
 

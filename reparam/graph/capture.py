@@ -5,14 +5,23 @@ A capture only looks: rules change modules in place on a copy of the user's mode
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import fx, nn
 
 from reparam.errors import ReparamError
 from reparam.layers import Reparameterized, layer_class
+
+#: ``+=`` and its like: a tensor changes where it stands, under all its names.
+IN_PLACE: Final[tuple[Callable[[Any, Any], Any], ...]] = (
+    *(operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod),
+    *(operator.ipow, operator.imatmul, operator.iand, operator.ior, operator.ixor),
+    *(operator.ilshift, operator.irshift),
+)
 
 
 @dataclass(frozen=True)
@@ -58,30 +67,79 @@ class Capture:
 def capture(model: nn.Module) -> Capture:
     """Trace ``model`` with torch.fx; layers of the library and of torch are one node each. It is not changed.
 
-    A model whose graph depends on whether it is training (``F.dropout(x, training=self.training)``) counts as one
-    that does not trace: its graph would bake in the mode.
+    A model counts as one that does not trace where its graph would bake in what a call may change: whether it is training
+    (``F.dropout(x, training=self.training)``), which optional arguments it is given, what it stores on itself.
     """
+    name = type(model).__name__
     try:
         graphs = [_trace(model, training) for training in (False, True)]
+        if _operations(graphs[0]) != _operations(graphs[1]):
+            why = f"what {name} computes depends on its training mode outside of its layers"
+            return Capture(model, None, why)
+        branching = _branching(model, graphs[0])
     except Exception as error:  # whatever a user's forward raises when it is handed proxies
         lines = str(error).splitlines()
-        return Capture(
-            model,
-            None,
-            f"torch.fx cannot trace {type(model).__name__}: {lines[0] if lines else type(error).__name__}",
-        )
-    if _code(graphs[0]) != _code(graphs[1]):
-        return Capture(
-            model,
-            None,
-            f"what {type(model).__name__} computes depends on its training mode outside of its layers",
-        )
+        why = lines[0] if lines else type(error).__name__
+        return Capture(model, None, f"torch.fx cannot trace {name}: {why}")
+    if branching is not None:
+        return Capture(model, None, f"what {name} computes depends on {branching}")
     return Capture(model, graphs[0])
 
 
+class _Strict:
+    """What proxies of torch.fx do silently otherwise than the values they stand for.
+
+    ``h += 1`` would be ``h = h + 1``, and other names of the tensor would keep its old value; ``isinstance(h, Tensor)``
+    would be False; ``h.data = y`` would be forgotten.
+    """
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:  # isinstance asks for it, also where a module is assigned an attribute
+        raise ReparamError("its forward pass asks for the type of a value, or stores the value on the model")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in ("tracer", "node", "_node", "root", "attr"):
+            raise ReparamError(f"its forward pass sets the attribute `{name}` of a tensor")
+        super().__setattr__(name, value)
+
+
+class _Proxy(_Strict, fx.Proxy):
+    def __getattr__(self, k: str) -> fx.proxy.Attribute:
+        return _Attribute(self, k)
+
+
+class _Attribute(_Strict, fx.proxy.Attribute):
+    __getattr__ = _Proxy.__getattr__
+
+
+def _recorded(update: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    return lambda self, other: self.tracer.create_proxy("call_function", update, (self, other), {})
+
+
+for _update in IN_PLACE:
+    setattr(_Strict, f"__{_update.__name__}__", _recorded(_update))
+
+
 class _Tracer(fx.Tracer):
+    """A tracer.
+
+    Attributes:
+        settled: arguments of the model that are these values instead of proxies.
+    """
+
     # Buffers a forward pass reads are nodes like parameters, not constants with their values.
     proxy_buffer_attributes = True
+
+    def __init__(self, settled: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.settled = settled
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
+    def create_args_for_root(self, *args: Any, **kwargs: Any) -> tuple[Any, list[Any]]:
+        forward, (model, *found) = super().create_args_for_root(*args, **kwargs)
+        return forward, [model, *(self.settled.get(p.node.target, p) for p in found)]
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         # Nodes know nothing of the contexts they were made in.
@@ -92,6 +150,8 @@ class _Tracer(fx.Tracer):
         return super().create_node(*args, **kwargs)
 
     def create_arg(self, a: Any) -> Any:
+        if issubclass(type(a), fx.Proxy):
+            return a.node
         # torch.fx would write it into the model, as a constant: a weight composed while tracing, a random draw.
         if isinstance(a, torch.Tensor) and not isinstance(a, nn.Parameter):
             known = a in self.tensor_attrs or any(a is buffer for buffer in self.root.buffers())
@@ -100,26 +160,83 @@ class _Tracer(fx.Tracer):
         return super().create_arg(a)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return (
+        leaf = (
             isinstance(m, Reparameterized)
             or layer_class("gmp", type(m)) is not None
             or super().is_leaf_module(m, module_qualified_name)
         )
+        if leaf and "forward" in m.__dict__:
+            raise ReparamError(f"the forward pass of `{module_qualified_name}` was replaced by an attribute")
+        return leaf
 
 
-def _trace(model: nn.Module, training: bool) -> fx.Graph:
-    """The graph in one mode; every module's own mode is restored."""
+def _trace(model: nn.Module, training: bool, settled: Mapping[str, Any] = {}) -> fx.Graph:
+    """The graph in one mode, with some arguments settled; everything on the model is left as it was."""
     if "forward" in model.__dict__:
         raise ReparamError("its forward pass was replaced by an attribute")
     modes = {module: module.training for module in model.modules()}
+    for module in modes:
+        module.training = training  # train() may be the user's own, and do more
+    before = {module: _attributes(module) for module in modes}
     try:
-        model.train(training)
         with torch.enable_grad(), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-            return _Tracer().trace(model)
+            graph = _Tracer(settled).trace(model)
     finally:
+        stored = [module for module, attributes in before.items() if _restore(module, attributes)]
         for module, mode in modes.items():
             module.training = mode
+    if stored:
+        raise ReparamError("its forward pass stores values on the model")
+    return graph
 
 
-def _code(graph: fx.Graph) -> str:
-    return str(graph.python_code("self").src)
+def _branching(model: nn.Module, graph: fx.Graph) -> str | None:
+    """Which optional arguments choose what is computed (``if mask is not None``), for a message; None if none does."""
+    given = {str(n.target): n.args[0] for n in graph.find_nodes(op="placeholder") if n.args}
+    for names in dict.fromkeys([*((name,) for name in given), tuple(given)]) if given else ():
+        settled = {name: given[name] for name in names}
+        for training in (False, True):
+            if _operations(_trace(model, training, settled)) != _operations(graph, settled):
+                several = "s" if len(names) > 1 else ""
+                return f"its optional argument{several} " + ", ".join(f"`{name}`" for name in names)
+    return None
+
+
+def _operations(graph: fx.Graph, settled: Mapping[str, Any] = {}) -> str:
+    """The graph as text, equal for equal graphs; some arguments stand there as these values."""
+
+    def shown(node: fx.Node) -> Any:
+        return settled.get(str(node.target), node) if node.op == "placeholder" else node
+
+    return str([(n.op, n.name, n.target, fx.map_arg((n.args, n.kwargs), shown)) for n in graph.nodes])
+
+
+def _attributes(module: nn.Module) -> dict[str, tuple[Any, Any]]:
+    """Every attribute, and a copy of those that hold items: among them the module's parameters, buffers and children."""
+    return {
+        name: (value, value.copy() if isinstance(value, (dict, list, set)) else value)
+        for name, value in vars(module).items()
+    }
+
+
+def _restore(module: nn.Module, before: Mapping[str, tuple[Any, Any]]) -> bool:
+    """Give a module the attributes it had; whether they were others."""
+    now = _attributes(module)
+    changed = now.keys() != before.keys() or any(
+        now[name][0] is not value or _identities(now[name][1]) != _identities(items)
+        for name, (value, items) in before.items()
+    )
+    if changed:
+        vars(module).clear()
+        for name, (value, items) in before.items():
+            vars(module)[name] = value
+            if items is not value:
+                value.clear()
+                (value.extend if isinstance(value, list) else value.update)(items)
+    return changed
+
+
+def _identities(value: Any) -> Any:
+    if isinstance(value, dict):
+        return [(key, id(item)) for key, item in value.items()]
+    return [id(item) for item in value] if isinstance(value, (list, set)) else None

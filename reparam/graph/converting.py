@@ -72,6 +72,7 @@ def convert(
         ReparamError: calibration has no or unusable data.
     """
     outcomes = [] if report is None else report
+    include, exclude = ((globs,) if isinstance(globs, str) else globs for globs in (include, exclude))
     before = len(outcomes)
     kind = _check(to, mean_norm, momentum, calibrate, scale)
     if any(isinstance(module, Reparameterized) for module in model.modules()):

@@ -22,7 +22,7 @@ from reparam.graph.columns import scale_columns
 from reparam.graph.exchange import replace_modules
 from reparam.graph.outcome import Outcome
 from reparam.graph.rewritten import Rewritten
-from reparam.graph.walk import linear_consumers
+from reparam.graph.walk import HOMOGENEOUS, LINEAR, linear_consumers
 from reparam.layers import Reparameterized
 from reparam.layers.geometric import scale_units
 
@@ -113,8 +113,7 @@ class _Scale:
 
 
 def _find(captured: Capture, name: str, layer: Reparameterized) -> _Scale:
-    keys = {f"{other}.r" for other in captured.names(layer)}
-    nodes = [n for n in captured.nodes() if n.target is scale_units and _attribute(n).target in keys]
+    nodes = [n for n in captured.nodes() if n.target is scale_units and _scaled(captured, n) is layer]
     if not isinstance(captured.model, Rewritten) or len(nodes) != 1:
         raise ReparamError(
             f"`{name}`: its scale stands outside of the layer, but not where this library placed it: fold the model "
@@ -122,6 +121,24 @@ def _find(captured: Capture, name: str, layer: Reparameterized) -> _Scale:
         )
     r = layer.tensors()["r"].detach()
     return _Scale(name, r, layer.held["weight"].dtype, nodes[0], layer.kind.channel)
+
+
+def _scaled(captured: Capture, node: fx.Node) -> nn.Module | None:
+    """The layer whose r a multiplication takes, None if it is no layer's before it.
+
+    By where its input comes from: layers with one weight have one r, which the graph shows under one name.
+    """
+    attribute = str(_attribute(node).target)
+    before: fx.Node | None = _data(node)
+    while before is not None:
+        module = captured.module(before)
+        if isinstance(module, Reparameterized):
+            parameters = dict(captured.model.named_parameters(remove_duplicate=False))
+            taken = module.scale_outside and parameters.get(attribute) is module.tensors()["r"]
+            return module if taken else None
+        operation = before.target if module is None else type(module)
+        before = _data(before) if operation in LINEAR or operation in HOMOGENEOUS else None
+    return None
 
 
 def _settle(captured: Capture, scales: list[_Scale]) -> tuple[nn.Module, dict[str, str]]:
@@ -168,7 +185,10 @@ def _hold_sign(model: nn.Module, scale: _Scale) -> str:
     while hasattr(model, name):
         name += "_"
     model.register_buffer(name, scale.sign)
-    _attribute(scale.node).target = name
+    r = _attribute(scale.node)
+    with scale.node.graph.inserting_before(scale.node):
+        scale.node.replace_input_with(r, scale.node.graph.create_node("get_attr", name))
+    _erase_unused(r)
     return name
 
 
@@ -178,7 +198,19 @@ def _erase(node: fx.Node) -> None:
     assert isinstance(data, fx.Node)
     node.replace_all_uses_with(data)
     node.graph.erase_node(node)
-    node.graph.erase_node(attribute)
+    _erase_unused(attribute)
+
+
+def _erase_unused(attribute: fx.Node) -> None:
+    """Tied layers share their r's node too."""
+    if not attribute.users:
+        attribute.graph.erase_node(attribute)
+
+
+def _data(node: fx.Node) -> fx.Node | None:
+    """What an operation works on, None where that is no result of another."""
+    data = node.args[0] if node.args else node.kwargs.get("input")
+    return data if isinstance(data, fx.Node) else None
 
 
 def _attribute(node: fx.Node) -> fx.Node:

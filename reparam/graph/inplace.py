@@ -28,6 +28,8 @@ def fixed(captured: Capture, module: nn.Module) -> str | None:
         return f"{name} is called {calls} times" if calls else f"{name} is never called"
     if captured.reads(module):
         return f"the parameters of {name} are also read outside of its call"
+    if "forward" in module.__dict__:
+        return f"the forward of {name} was replaced on the instance"
     if parametrize.is_parametrized(module):
         return f"{name} is parametrized by torch: call torch.nn.utils.parametrize.remove_parametrizations"
     if not isinstance(module, Reparameterized) and _computed(module):

@@ -5,16 +5,17 @@ conv1: Conv2d(weight)   --record conv1.weight: gmp-->   conv1: GmPConv2d(r, thet
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from reparam.checkpoint import dialects
 from reparam.checkpoint.metadata import LayerRecord
 from reparam.dtypes import code_of
 from reparam.errors import ArchitectureError
+from reparam.graph.capture import capture
 from reparam.graph.exchange import replace_modules
 from reparam.graph.inplace import become
 from reparam.graph.outcome import Outcome
@@ -24,6 +25,7 @@ from reparam.graph.rules.mean_norm import insert_means
 from reparam.graph.rules.scale import place_scales
 from reparam.graph.rules.swap import share
 from reparam.layers import Reparameterized, layer_class
+from reparam.layers.geometric import scale_units
 from reparam.layers.kinds import KINDS, weight_names
 from reparam.parameterizations import WeightSpec
 
@@ -34,21 +36,36 @@ def records_of(model: nn.Module) -> dict[str, LayerRecord]:
     Raises:
         ArchitectureError: the model computes what its layers and their order do not tell: signs that a fold left.
     """
-    if isinstance(model, Rewritten) and any(name.rstrip("_").endswith("_sign") for name in model._buffers):
+    if any(isinstance(module, Rewritten) and _holds_signs(module) for module in model.modules()):
         raise ArchitectureError(
             "a negative r before what is not linear left a multiplication that only ONNX can hold: export it, or keep "
             "the reparameterized file"
         )
     modules = dict(model.named_modules(remove_duplicate=False))
-    norms = {m.into: name for name, m in modules.items() if isinstance(m, FoldedBatchNorm)}
+    norms: dict[str, list[str]] = {}
+    for module, name in {m: name for name, m in modules.items() if isinstance(m, FoldedBatchNorm)}.items():
+        norms.setdefault(module.into, []).append(name)
     records = {}
     for name, module in modules.items():
         if isinstance(module, Reparameterized):
             for parameter, record in module.records().items():
-                records[dialects.join(name, parameter)] = replace(record, batch_norm=norms.get(name))
+                records[dialects.join(name, parameter)] = _with_norms(record, norms.get(name, ()))
         elif name in norms:
-            records[dialects.join(name, "weight")] = _plain_record(module, norms[name])
+            records[dialects.join(name, "weight")] = _with_norms(_plain_record(module), norms[name])
     return records
+
+
+def _holds_signs(model: Rewritten) -> bool:
+    """Whether a multiplication takes the model's own buffer, not a layer's r: what a fold leaves."""
+    captured = capture(model)
+    if captured.graph is None:
+        raise ArchitectureError(f"its rewritten forward pass cannot be looked at: {captured.untraceable}")
+    multiplied = [node.args[1] for node in captured.nodes() if node.target is scale_units]
+    return any(isinstance(scale, fx.Node) and scale.target in model._buffers for scale in multiplied)
+
+
+def _with_norms(record: LayerRecord, norms: Sequence[str]) -> LayerRecord:
+    return replace(record, batch_norm=next(iter(norms), None), more_batch_norms=tuple(norms[1:]))
 
 
 def apply_records(model: nn.Module, records: Mapping[str, LayerRecord]) -> nn.Module:
@@ -113,19 +130,17 @@ def apply_records(model: nn.Module, records: Mapping[str, LayerRecord]) -> nn.Mo
 
     plain = _without_batch_norms(model, records)
     if plain is not model:  # the modules are others, their places are the same
-        return apply_records(
-            plain, {key: replace(record, batch_norm=None) for key, record in records.items()}
-        )
+        return apply_records(plain, {key: _with_norms(record, ()) for key, record in records.items()})
     return _rewritten(replace_modules(model, replacement), records)
 
 
 def _without_batch_norms(model: nn.Module, records: Mapping[str, LayerRecord]) -> nn.Module:
     """A copy in which the batch norms that were folded are gone and their layers have a bias; or ``model`` itself."""
-    folded = {dialects.split(key)[0]: r.batch_norm for key, r in records.items() if r.batch_norm is not None}
+    folded = {norm: dialects.split(key)[0] for key, record in records.items() for norm in record.batch_norms}
     if not folded:
         return model
     copy = replace_modules(model, lambda module: None)
-    for name, norm in folded.items():
+    for norm, name in folded.items():
         layer = copy.get_submodule(name)
         try:
             module = copy.get_submodule(norm)
@@ -163,7 +178,7 @@ def _rewritten(model: nn.Module, records: Mapping[str, LayerRecord]) -> nn.Modul
     return model
 
 
-def _plain_record(module: nn.Module, batch_norm: str) -> LayerRecord:
+def _plain_record(module: nn.Module) -> LayerRecord:
     weight, bias = module._parameters["weight"], module._parameters["bias"]
     assert isinstance(weight, Tensor)
     assert isinstance(bias, Tensor)
@@ -175,4 +190,4 @@ def _plain_record(module: nn.Module, batch_norm: str) -> LayerRecord:
         code_of(bias.dtype),
         "F64" if weight.dtype == torch.float64 else "F32",
     )
-    return LayerRecord("sp", spec, "bias", batch_norm=batch_norm)
+    return LayerRecord("sp", spec, "bias")

@@ -9,7 +9,9 @@ and there is no way back from it.
 from __future__ import annotations
 
 import importlib
+import inspect
 import linecache
+import operator
 from collections.abc import Mapping
 from types import ModuleType
 from typing import Any, ClassVar
@@ -17,7 +19,7 @@ from zlib import crc32
 
 from torch import fx, nn
 
-from reparam.graph.capture import Capture
+from reparam.graph.capture import IN_PLACE, Capture
 
 #: What a class of the user's may define without being lost.
 _OWN = {"__init__", "forward", "extra_repr", "__repr__", "__dir__", "__doc__", "__module__", "__dict__"}
@@ -51,6 +53,9 @@ class Rewritten(nn.Module):
         """
         for node in graph.nodes:
             node.type = None  # an annotation may name what only the model's file knows
+            if node.target in IN_PLACE:
+                # Written as `a += b` it would change the number a for later lines too, which hold the old one.
+                node.args, node.target = (node.target.__name__, *node.args), update
         graph.lint()
         code = graph.python_code("self")
         original = type(model).original if isinstance(model, Rewritten) else type(model)
@@ -69,6 +74,9 @@ class Rewritten(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             if hasattr(self.original, name):
+                of_class = inspect.getattr_static(self.original, name)
+                if not callable(of_class) and not hasattr(of_class, "__get__"):
+                    return of_class
                 raise AttributeError(
                     f"{self.original.__name__}.{name}: only the forward pass was rewritten, and this would not know "
                     f"of the scales after activations; convert with the scales inside to stay a "
@@ -89,6 +97,11 @@ class Rewritten(nn.Module):
         objects = {name: value for name, value in self.names.items() if name not in modules}
         state: dict[str, Any] = self.__getstate__()  # type: ignore[no-untyped-call]
         return _rebuild, (self.original, self.source, modules, objects), state
+
+
+def update(operation: str, value: Any, other: Any) -> Any:
+    """``value += other`` and its like, by their names in :mod:`operator`: a tensor changes, a number is another."""
+    return getattr(operator, operation)(value, other)
 
 
 def obstacle(captured: Capture) -> str | None:

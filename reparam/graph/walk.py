@@ -5,12 +5,14 @@
     W f(s ∘ x) = (W diag(s)) f(x)
 
 Shapes are not known; the position of the channel axis is, counted from the end. Positive axes (``flatten(1)``,
-``mean((2, 3))``) and ``view(-1, features)`` are read as in a batch: axis 0 counts samples.
+``mean((2, 3))``) are read as in a batch: axis 0 counts samples. A view flattens if it keeps that axis for sure:
+``x.view(x.size(0), -1)``, and not ``x.view(-1, 120)``, whose rows may be parts of samples, or several.
 """
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,6 +23,8 @@ from torch.nn import functional as F
 from reparam.graph.capture import Capture
 from reparam.graph.columns import input_channels, linear_kind
 from reparam.graph.inplace import fixed
+from reparam.graph.rewritten import has_hooks
+from reparam.layers.geometric import scale_units
 
 Through = Literal["signs", "positive scales"]
 
@@ -79,6 +83,10 @@ def linear_consumers(
     Returns:
         At least one consumer; or the reason, in one line, why a factor cannot be moved into the consumers.
     """
+    origin = _origin(node)
+    reason = _watched(captured, _modules_around(origin) - {origin.target})
+    if reason is not None:
+        return reason
     found: list[Consumer] = []
     todo = [(node, _Place(axis, False))]
     while todo:
@@ -89,15 +97,16 @@ def linear_consumers(
             module = captured.module(user)
             if not only_input(user, current):
                 return _refused(captured, user, through)
+            reason = _watched(captured, _modules_around(user))
+            if reason is not None:
+                return reason
             if module is not None and linear_kind(module) is not None:
                 reason = _unfit(captured, user, module, units, place)
                 if reason is not None:
                     return reason
                 found.append(Consumer(user, module, input_channels(module) // units))
                 continue
-            if module is not None and (module._forward_hooks or module._forward_pre_hooks):
-                return f"hooks of `{user.target}` take values that would change"
-            after = _passed(user, module, place, through)
+            after = _passed(captured, user, place, through)
             if after is None:
                 return _refused(captured, user, through)
             todo.append((user, after))
@@ -126,49 +135,86 @@ class _Place:
     flat: bool
 
 
-def _passed(node: fx.Node, module: nn.Module | None, before: _Place, through: Through) -> _Place | None:
+def _passed(captured: Capture, node: fx.Node, before: _Place, through: Through) -> _Place | None:
     """Where the units are behind an operation; None if a factor cannot be moved past it."""
-    key = node.target if module is None else type(module)
+    module, key = captured.module(node), operation(captured, node)
     pooled = LINEAR.get(key)
     if pooled is None and through == "positive scales":
         pooled = HOMOGENEOUS.get(key)
     if pooled is not None:
         return before if -before.axis > pooled else None
     if key in _FLATTEN:
-        start, end = (
-            (module.start_dim, module.end_dim)
-            if isinstance(module, nn.Flatten)
-            else (_argument(node, 1, "start_dim", 0), _argument(node, 2, "end_dim", -1))
-        )
+        start, end = _flattened_axes(node, module)
         return _flattened(before) if start in (1, before.axis) and end == -1 else None
     if key in _VIEW:
-        return _flattened(before) if _keeps_samples(node) else None
+        return _flattened(before) if _keeps_samples(captured, node) else None
     if key in _MEAN:
         return _averaged(node, before)
     return None
+
+
+def operation(captured: Capture, node: fx.Node) -> object:
+    """What a node does, as the tables above name it."""
+    module = captured.module(node)
+    return node.target if module is None else type(module)
+
+
+def _flattened_axes(node: fx.Node, module: nn.Module | None) -> tuple[Any, Any]:
+    """The first and the last axis that a flattening takes."""
+    if isinstance(module, nn.Flatten):
+        return module.start_dim, module.end_dim
+    return _argument(node, 1, "start_dim", 0), _argument(node, 2, "end_dim", -1)
 
 
 def _flattened(before: _Place) -> _Place:
     return _Place(-1, before.flat or before.axis < -1)
 
 
-def _keeps_samples(node: fx.Node) -> bool:
-    """Whether a view is ``view(samples, -1)``, ``view(samples, features)`` or ``view(-1, features)``."""
+def _keeps_samples(captured: Capture, node: fx.Node) -> bool:
+    """Whether a view is ``x.view(samples, -1)`` or ``x.view(samples, features)`` with as many samples as ``x`` has."""
     shape = node.args[1:] if len(node.args) != 2 else node.args[1]
     if not isinstance(shape, (tuple, list)) or len(shape) != 2:
         return False
     samples, features = shape
-    if not isinstance(features, int):
+    data, counted = _argument(node, 0, "input"), _counted(samples)
+    if counted is None or not isinstance(features, int) or not isinstance(data, fx.Node):
         return False
-    return _counts_samples(samples) if isinstance(samples, fx.Node) else bool(samples == -1)
+    return _batch(captured, data) is _batch(captured, counted)
 
 
-def _counts_samples(node: fx.Node) -> bool:
-    """``x.size(0)``, ``x.size()[0]`` or ``x.shape[0]``."""
-    if node.target is operator.getitem:
-        of = node.args[0]
-        return isinstance(of, fx.Node) and takes_no_values(of) and bool(node.args[1] == 0)
-    return node.target == "size" and bool(_argument(node, 1, "dim") == 0)
+def _counted(size: Any) -> fx.Node | None:
+    """The tensor whose axis 0 this counts: x of ``x.size(0)``, ``x.size()[0]`` or ``x.shape[0]``."""
+    if not isinstance(size, fx.Node):
+        return None
+    if size.target is operator.getitem and size.args[1] == 0:
+        size = size.args[0]
+        whole = isinstance(size, fx.Node) and (
+            (size.target == "size" and len(size.args) == 1 and not size.kwargs)
+            or (size.target is getattr and size.args[1] == "shape")
+        )
+    else:
+        whole = size.target == "size" and _argument(size, 1, "dim") == 0
+    data = size.args[0] if whole and isinstance(size, fx.Node) else None
+    return data if isinstance(data, fx.Node) else None
+
+
+def _batch(captured: Capture, node: fx.Node) -> fx.Node:
+    """The first tensor that has its samples on axis 0 just as this one has them."""
+    while True:
+        key, module = operation(captured, node), captured.module(node)
+        keeps = (
+            key in LINEAR
+            or key in HOMOGENEOUS
+            or key is scale_units
+            or isinstance(module, nn.modules.batchnorm._BatchNorm)
+            or (module is not None and linear_kind(module) is not None)
+            or (key in _FLATTEN and _flattened_axes(node, module)[0] == 1)
+            or (key in _VIEW and _keeps_samples(captured, node))
+        )
+        data = _argument(node, 0, "input") if keeps else None
+        if not isinstance(data, fx.Node):
+            return node
+        node = data
 
 
 def _averaged(node: fx.Node, before: _Place) -> _Place | None:
@@ -188,8 +234,6 @@ def _averaged(node: fx.Node, before: _Place) -> _Place | None:
 def _unfit(captured: Capture, node: fx.Node, module: nn.Module, units: int, place: _Place) -> str | None:
     kind, channels = linear_kind(module), input_channels(module)
     assert kind is not None
-    if module._forward_pre_hooks:
-        return f"hooks of `{node.target}` take values that would change"
     fits = channels % units == 0 if place.flat else channels == units
     if kind.channel != place.axis or not fits:
         return f"{describe(captured, node)} does not take its units as input channels"
@@ -204,7 +248,31 @@ def _refused(captured: Capture, node: fx.Node, through: Through) -> str:
         return f"{what} adds another result to it (a residual connection)"
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
         return f"{what} takes its output: fold batch norm first"
+    if operation(captured, node) in _VIEW:
+        return f"{what} takes its output, and need not keep its samples apart: write flatten(1)"
     return f"{what} takes its output, and {through} cannot be moved past that"
+
+
+def _origin(node: fx.Node) -> fx.Node:
+    """The call of a module that a result comes from: a scale may stand behind functions."""
+    while node.op != "call_module" and isinstance(data := _argument(node, 0, "input"), fx.Node):
+        node = data
+    return node
+
+
+def _modules_around(node: fx.Node) -> set[object]:
+    """The names of the module that a node calls and of those whose forward passes it stands in, but for the model."""
+    called = str(node.target).split(".") if node.op == "call_module" else []
+    stack = node.meta.get("nn_module_stack") or {}
+    return {".".join(called[:end]) for end in range(1, len(called) + 1)} | {
+        name for name, _ in stack.values() if name
+    }
+
+
+def _watched(captured: Capture, names: Iterable[object]) -> str | None:
+    """Whose hooks see values that would change, in one line; None if nobody's do."""
+    hooked = sorted(str(name) for name in names if has_hooks(captured.model.get_submodule(str(name))))
+    return f"hooks of `{hooked[0]}` take values that would change" if hooked else None
 
 
 def _argument(node: fx.Node, index: int, name: str, default: Any = None) -> Any:

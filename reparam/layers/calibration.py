@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from reparam.errors import ReparamError
 from reparam.layers.base import Reparameterized
+from reparam.layers.mean_norm import input_first
 
 
 @contextmanager
@@ -39,7 +40,8 @@ def calibrate(model: nn.Module) -> Iterator[None]:
         if layer.training:
             raise ReparamError(f"`{name}` is in training mode: call model.eval() before calibrating")
         counted[layer], names[layer] = _Mean(layer.kind.channel), name
-        handles.append(layer.register_forward_hook(_count(counted[layer], layer.mean.kind), prepend=True))
+        hook = _count(counted[layer], layer.mean.kind)
+        handles.append(layer.register_forward_hook(hook, prepend=True, with_kwargs=True))
     try:
         yield
     finally:
@@ -70,9 +72,9 @@ class _Mean:
 
 
 def _count(mean: _Mean, kind: str) -> Any:
-    def hook(layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         assert isinstance(layer, Reparameterized)
-        x = args[0]
+        (x, *_), _ = input_first(layer, args, kwargs)
         if kind == "mn":
             mean.add(x.data if isinstance(x, PackedSequence) else x)
         else:

@@ -9,6 +9,7 @@ stride, dilation, group and padding mode.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -69,10 +70,10 @@ def insert_mean(layer: Reparameterized, mean: MeanNorm) -> None:
     layer.mean = mean
 
 
-def normalized_forward(
-    layer: Reparameterized, plain: Callable[..., Any], x: Any, *args: Any, **kwargs: Any
-) -> Any:
+def normalized_forward(layer: Reparameterized, plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """The layer's output under its mean normalization; ``plain`` is its forward pass without."""
+    args, kwargs = input_first(layer, args, kwargs)
+    x, args = args[0], args[1:]
     mean, axis, affine = layer.mean, layer.kind.channel, layer.kind.affine
     assert mean is not None
     if mean.kind == "mbn":
@@ -102,6 +103,16 @@ def normalized_forward(
     bias = layer.form.bias(layer.tensors(), held.dtype, layer.scale_outside)
     assert bias is not None
     return affine(layer, x, weight, (bias - _project(layer, weight, batch)).to(weight.dtype))
+
+
+def input_first(
+    layer: Reparameterized, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call, such that the first is its input, which may have been given by name."""
+    if args:
+        return args, kwargs
+    bound = inspect.signature(layer.plain_class.forward).bind(layer, **kwargs)
+    return bound.args[1:], bound.kwargs
 
 
 def running_mean(layer: Reparameterized) -> Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from reparam.kernels.hyperspherical import power_below
 from reparam.layers.form import Form
 from reparam.parameterizations import WeightSpec
 from reparam.parameterizations.weight_norm import norm_axes
@@ -29,7 +30,10 @@ class WeightNormForm(Form):
         assert not outside
         g = tensors["weight_g"]
         v = tensors["weight_v"].to(g.dtype)
-        norm = torch.linalg.vector_norm(v, dim=norm_axes(tuple(v.shape), tuple(g.shape)), keepdim=True)
+        axes = norm_axes(tuple(v.shape), tuple(g.shape))
+        if v.numel():  # v/‖v‖ is that of any multiple: squares of this one neither over- nor underflow
+            v = v / power_below(v.detach().abs().amax(dim=axes, keepdim=True))
+        norm = torch.linalg.vector_norm(v, dim=axes, keepdim=True)
         weight: Tensor = v * (g / norm.masked_fill(norm == 0, 1.0))
         return weight.to(dtype)
 

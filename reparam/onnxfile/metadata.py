@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Collection, Iterable, Mapping
+from importlib.metadata import version
 from pathlib import Path
 
 import onnx
@@ -32,15 +33,13 @@ def provenance(files: Iterable[Path], parameterizations: Iterable[str]) -> dict[
         files: of the checkpoint; hashed one after the other, in the order of their names.
         parameterizations: of its layers, in any order and number.
     """
-    from reparam import __version__
-
     digest = hashlib.sha256()
     for path in sorted(files, key=lambda path: path.name):
         with path.open("rb") as file:
             while block := file.read(_BLOCK):
                 digest.update(block)
     return {
-        VERSION: __version__,
+        VERSION: version("reparam"),
         SOURCE: f"sha256:{digest.hexdigest()}",
         PARAMETERIZATION: "+".join(sorted(set(parameterizations))) or "sp",
     }

@@ -95,10 +95,12 @@ def load_network(
 
 
 def _renamed(record: LayerRecord, names: Mapping[str, str], key: str) -> LayerRecord:
-    """The record of the layer ``key`` with its batch norm, which no tensor names, renamed as the layer is."""
+    """The record of the layer ``key`` with its batch norms, which no tensor names, renamed as the layer is."""
     if record.batch_norm is None or not key.endswith(names[key]):
         return record
-    return replace(record, batch_norm=record.batch_norm.removeprefix(key.removesuffix(names[key])))
+    prefix = key.removesuffix(names[key])
+    first, *more = (norm.removeprefix(prefix) for norm in record.batch_norms)
+    return replace(record, batch_norm=first, more_batch_norms=tuple(more))
 
 
 def describes_network(checkpoint: Checkpoint) -> bool:

@@ -102,13 +102,15 @@ def export_onnx(
     *,
     arch_args: Mapping[str, str] | None = None,
     opset: int | None = None,
+    dtype: str | None = None,
     seed: int = 0,
     force: bool = False,
 ) -> OnnxExport:
     """Fold a checkpoint, export it to ONNX and prove that the file computes what the checkpoint computes.
 
-    The file is compared, in ONNX Runtime, against the *unfolded* model in float64, and gets its name only if
-    it passed; else it is left as ``NAME.failed.onnx``.
+    Three proofs, of :func:`reparam.verification.verify_onnx`: its weights are the folded ones bit for bit; folding
+    changed nothing, in float64; ONNX Runtime computes what the *unfolded* model computes in float64. The file gets its
+    name only if all hold; else it is left as ``NAME.failed.onnx``.
 
     Args:
         path: the checkpoint.
@@ -117,6 +119,7 @@ def export_onnx(
         specs: the network's inputs.
         out: the ONNX file.
         opset: version of ONNX's operator set, the exporter's default without.
+        dtype: "fp16" or "bf16": what weights, inputs and outputs of the file are cast to.
         seed: of the inputs of the comparison.
         force: replace ``out`` if it exists.
 
@@ -127,7 +130,8 @@ def export_onnx(
     """
     from reparam.export import export_onnx_model
     from reparam.graph import fold
-    from reparam.verification import VerificationError, compare_onnx
+    from reparam.onnxfile.metadata import VERIFICATION, annotate, provenance
+    from reparam.verification import VerificationError, verify_onnx
 
     if not specs:
         raise ReparamError("--input is missing: what the network takes, such as --input N,3,224,224")
@@ -135,9 +139,19 @@ def export_onnx(
     network = load_network(path, arch, arch_args)
     model = network.model.eval()
     with staged(out, force) as temporary:
-        export_onnx_model(fold(model), specs, temporary, opset)
-        report = compare_onnx(model, temporary, specs, seed)
-        if not report.passed:
+        folded = fold(model)
+        checkpoint = network.checkpoint
+        origin = provenance(checkpoint.files, (record.kind for record in checkpoint.records.values()))
+        done = export_onnx_model(folded, specs, temporary, opset, dtype, metadata=origin, target=out)
+        try:
+            report = verify_onnx(model, folded, temporary, done.specs, done.found.weights, seed=seed)
+        except BaseException:
+            if done.data is not None:
+                done.data.unlink()
+            raise
+        if report.passed:
+            annotate(temporary, {VERIFICATION: json.dumps(report.to_json()["proofs"])})
+        else:
             failed = out.with_suffix(".failed.onnx")
             temporary.replace(failed)
             found = "; ".join(str(check).removeprefix("FAIL ") for check in report.failures)

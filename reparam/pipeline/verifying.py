@@ -36,12 +36,13 @@ def verify(
     |---|---|---|
     | checkpoint and ``arch``, or module | ONNX file | three proofs: weights, algebra, deployment |
     | checkpoint | checkpoint | tensors, across parameterizations; no network is needed |
+    | checkpoint | checkpoint, with ``arch`` and ``specs`` | outputs in float64 |
     | module | module | outputs in float64 |
 
     Args:
         reference: the untouched original.
         candidate: what is to be proven.
-        specs: inputs, as :class:`InputSpec` or as ``--input`` has them; not for two checkpoints.
+        specs: inputs, as :class:`InputSpec` or as ``--input`` has them; not for two checkpoints without a network.
         arch, arch_args: the network of a checkpoint, as :func:`reparam.graph.load_architecture` takes them; None for a
             Hugging Face folder.
         data: file of real inputs (safetensors, PyTorch, npz, npy).
@@ -56,6 +57,7 @@ def verify(
     Raises:
         ReparamError: bad input.
     """
+    from reparam.checkpoint import open_checkpoint
     from reparam.graph import parse_spec
     from reparam.verification import Tolerance, load_data, verify_checkpoints, verify_models, verify_onnx
 
@@ -66,9 +68,18 @@ def verify(
     if isinstance(candidate, Path) and candidate.suffix != ".onnx":
         if not isinstance(reference, Path):
             raise ReparamError(f"{candidate}: a module is compared with an ONNX file or a module")
-        if given or data is not None:
-            raise ReparamError("--input: two checkpoints are compared by their tensors, which takes none")
-        return verify_checkpoints(reference, candidate, axes)
+        if arch is None:
+            if given or data is not None:
+                raise ReparamError("--input: two checkpoints are compared by their tensors without --arch")
+            for path in (reference, candidate):
+                for key, record in open_checkpoint(path).records.items():
+                    if record.rewritten is not None:
+                        raise ReparamError(
+                            f"{path}: '{key}': {record.rewritten}: its tensors alone do not say what it computes: give "
+                            "the network with --arch, and --input"
+                        )
+            return verify_checkpoints(reference, candidate, axes)
+        candidate = load_network(candidate, arch, arch_args).model
     if not given:
         raise ReparamError("--input is missing: what the network takes, such as --input N,3,224,224")
     model = load_network(reference, arch, arch_args).model if isinstance(reference, Path) else reference

@@ -127,7 +127,7 @@ def _mismatch(opened: tuple[Checkpoint, Checkpoint], a: Layer, b: Layer) -> str 
     if (a.bias is None) != (b.bias is None):
         return "it has a bias in one of the two files"
     records = [checkpoint.records.get(a.key) for checkpoint in opened]
-    done = [(r.mean, r.batch_norm) if r is not None else (None, None) for r in records]
+    done = [(r.mean, r.batch_norms) if r is not None else (None, ()) for r in records]
     if done[0] != done[1]:
         told = next(r.rewritten for r in records if r is not None and r.rewritten)
         return f"{told} in one of the two files: tensors alone do not tell whether they agree, --arch does"

@@ -67,7 +67,8 @@ def calibrate_means(model: nn.Module, batches: Iterable[Any]) -> list[Outcome]:
 
     Args:
         model: with mean normalizations; where it has none, nothing is run.
-        batches: what the model takes: a tensor, a tuple or list of positional inputs, or a dict of named ones.
+        batches: each what the model takes, without labels: a tensor, a tuple or list of positional inputs, or a dict of
+            named ones; a tensor in their place is one batch.
 
     Returns:
         One outcome a normalized layer; a layer that no batch reached keeps its mean, and is not ``applied``.
@@ -75,6 +76,8 @@ def calibrate_means(model: nn.Module, batches: Iterable[Any]) -> list[Outcome]:
     Raises:
         ReparamError: there are no batches, one is none of these, or a mean is not finite. All means stay as they were.
     """
+    if isinstance(batches, Tensor):
+        batches = [batches]
     layers = {
         module: name
         for name, module in model.named_modules()
@@ -129,14 +132,21 @@ def _insert(captured: Capture, module: nn.Module, kind: str, momentum: float) ->
 
 
 def _feed(model: nn.Module, batch: Any) -> None:
-    if isinstance(batch, Tensor):
-        model(batch)
-    elif isinstance(batch, Mapping):
-        model(**batch)
-    elif isinstance(batch, (tuple, list)):
-        model(*batch)
-    else:
+    if not isinstance(batch, (Tensor, Mapping, tuple, list)):
         raise ReparamError(
             f"calibration: a batch is a {type(batch).__name__}: give a tensor, a tuple or list of inputs, "
             "or a dict of named inputs"
         )
+    try:
+        if isinstance(batch, Mapping):
+            model(**batch)
+        else:
+            model(*([batch] if isinstance(batch, Tensor) else batch))
+    except (TypeError, RuntimeError, ValueError, IndexError) as error:
+        if isinstance(error, ReparamError):
+            raise
+        lines = str(error).splitlines() or [""]
+        raise ReparamError(
+            f"calibration: {type(model).__name__} does not take such a batch, which is what its forward pass takes, "
+            f"without labels ({type(error).__name__}: {lines[0]})"
+        ) from error

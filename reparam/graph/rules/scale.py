@@ -20,16 +20,15 @@ from reparam.errors import ReparamError
 from reparam.graph.capture import Capture, capture
 from reparam.graph.outcome import Outcome
 from reparam.graph.rewritten import Rewritten, has_hooks, obstacle
-from reparam.graph.walk import HOMOGENEOUS, LINEAR, only_input, takes_no_values
+from reparam.graph.walk import HOMOGENEOUS, LINEAR, only_input, operation, takes_no_values
 from reparam.layers import Reparameterized
 from reparam.layers.geometric import scale_units
 
 RULE = "place scale"
 
-_ACTIVATIONS = {operation for operation, pooled in HOMOGENEOUS.items() if not pooled}
-_MAX_POOLS = {operation for operation, pooled in HOMOGENEOUS.items() if pooled}
+_ACTIVATIONS = {key for key, pooled in HOMOGENEOUS.items() if not pooled}
 #: commute with any factor a unit, so that they may stand before φ
-_PASSED = {operation for operation, pooled in LINEAR.items() if not pooled}
+_PASSED = {key for key, pooled in LINEAR.items() if not pooled}
 
 
 def place_scales(model: nn.Module, names: Collection[str] | None = None) -> tuple[nn.Module, list[Outcome]]:
@@ -86,7 +85,9 @@ def _place(captured: Capture, layer: Reparameterized) -> fx.Node | str:
         if negative:
             return f"{negative} of its r are negative, and no negative factor passes an activation"
     consumers = _consumers(captured, activation)
-    if len(consumers) == 1 and _is(captured, consumers[0], activation, _MAX_POOLS):
+    # A pool over the axis of the units itself mixes their scales.
+    pools = {key for key, pooled in HOMOGENEOUS.items() if 0 < pooled < -layer.kind.channel}
+    if len(consumers) == 1 and _is(captured, consumers[0], activation, pools):
         pool = captured.module(consumers[0])
         if pool is None or not (has_hooks(pool) or pool.return_indices):
             return consumers[0]
@@ -124,8 +125,7 @@ def _consumers(captured: Capture, node: fx.Node) -> list[fx.Node]:
 
 def _is(captured: Capture, user: fx.Node, node: fx.Node, operations: Set[object]) -> bool:
     """Whether ``user`` is one of these operations on ``node``, and no other argument of it is the same."""
-    module = captured.module(user)
-    return (user.target if module is None else type(module)) in operations and only_input(user, node)
+    return operation(captured, user) in operations and only_input(user, node)
 
 
 def _insert(captured: Capture, after: fx.Node, name: str, layer: Reparameterized) -> None:

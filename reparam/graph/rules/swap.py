@@ -75,6 +75,8 @@ def swap_layers(model: nn.Module, form: str, names: Collection[str]) -> list[Out
 
 def unfit(module: nn.Module, form: str) -> str | None:
     """Why a module cannot be a layer of this parameterization, None where it can."""
+    if "forward" in module.__dict__:
+        return "its forward was replaced on the instance"
     if parametrize.is_parametrized(module):
         return (
             "it is parametrized by torch: call torch.nn.utils.parametrize.remove_parametrizations, "
