@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -140,7 +141,7 @@ def _takes_network(path: Path, asked: bool) -> bool:
     from reparam.checkpoint import open_checkpoint
     from reparam.pipeline.loading import describes_network
 
-    if not asked and not path.is_dir():
+    if not asked and not os.path.isdir(path):  # not Path's: it raises for names that cannot be
         return False
     checkpoint = open_checkpoint(path)
     rewritten = any(record.rewritten is not None for record in checkpoint.records.values())
