@@ -6,11 +6,12 @@ module with the same parameters, no code that reads them by name.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from reparam.errors import ReparamError
 from reparam.graph.capture import Capture
 from reparam.layers import Reparameterized
 
@@ -49,6 +50,23 @@ def sharers(model: nn.Module, module: nn.Module, parameters: Iterable[nn.Paramet
         for name, other in model.named_modules()
         if other not in inside and any(id(p) in own for p in other.parameters(recurse=False))
     )
+
+
+def named_layers(model: nn.Module, names: Collection[str]) -> dict[nn.Module, str]:
+    """The modules of these names, each with the first of its own, in the order of ``named_modules``.
+
+    Raises:
+        ReparamError: the model has no module of a name.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    unknown = sorted(set(names) - set(modules))
+    if unknown:
+        raise ReparamError(f"{type(model).__name__} has no layer `{unknown[0]}`")
+    chosen: dict[nn.Module, str] = {}
+    for name, module in modules.items():
+        if name in names:
+            chosen.setdefault(module, name)
+    return chosen
 
 
 def become(module: nn.Module, new: nn.Module) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from reparam.errors import ReparamError
 from reparam.graph.capture import Capture, capture
-from reparam.graph.inplace import sharers
+from reparam.graph.inplace import named_layers, sharers
 from reparam.graph.outcome import Outcome
 from reparam.layers import Reparameterized, calibrate
 
@@ -45,15 +45,8 @@ def insert_means(
     Raises:
         ReparamError: the model has no module of a name.
     """
-    modules = dict(model.named_modules(remove_duplicate=False))
-    unknown = sorted(set(names) - set(modules))
-    if unknown:
-        raise ReparamError(f"{type(model).__name__} has no layer `{unknown[0]}`")
     captured = capture(model)
-    chosen: dict[nn.Module, str] = {}
-    for name, module in modules.items():
-        if name in names:
-            chosen.setdefault(module, name)
+    chosen = named_layers(model, names)
     return [
         Outcome(_RULES[kind], name, *_insert(captured, module, kind, momentum))
         for module, name in chosen.items()

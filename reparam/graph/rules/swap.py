@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 
 from reparam.checkpoint.dialects import WEIGHT_ROLES
 from reparam.errors import ReparamError
-from reparam.graph.inplace import become, sharers
+from reparam.graph.inplace import become, named_layers, sharers
 from reparam.graph.outcome import Outcome
 from reparam.layers import Reparameterized, layer_class
 from reparam.layers.kinds import KINDS, bias_name, weight_names
@@ -38,14 +38,7 @@ def swap_layers(model: nn.Module, form: str, names: Collection[str]) -> list[Out
         ReparamError: the model has no module of a name.
         NonFiniteError: a weight is NaN or Inf.
     """
-    modules = dict(model.named_modules(remove_duplicate=False))
-    unknown = sorted(set(names) - set(modules))
-    if unknown:
-        raise ReparamError(f"{type(model).__name__} has no layer `{unknown[0]}`")
-    chosen: dict[nn.Module, str] = {}
-    for name, module in modules.items():
-        if name in names:
-            chosen.setdefault(module, name)
+    chosen = named_layers(model, names)
     outcomes: dict[nn.Module, Outcome] = {}
     made: dict[nn.Module, Reparameterized] = {}
     first: dict[tuple[int, ...], tuple[nn.Module, str]] = {}

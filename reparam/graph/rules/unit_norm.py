@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from reparam.errors import ReparamError
 from reparam.graph.capture import Capture, capture
 from reparam.graph.columns import linear_kind, scaled_columns
-from reparam.graph.inplace import become, fixed, named
+from reparam.graph.inplace import become, fixed, named, named_layers
 from reparam.graph.outcome import Outcome
 from reparam.graph.walk import Consumer, linear_consumers
 from reparam.layers import Reparameterized, layer_class
@@ -44,16 +44,12 @@ def unit_norms(model: nn.Module, names: Collection[str]) -> list[Outcome]:
         ReparamError: the model has no module of a name.
         NonFiniteError: a weight is NaN or Inf.
     """
-    modules = dict(model.named_modules(remove_duplicate=False))
-    unknown = sorted(set(names) - set(modules))
-    if unknown:
-        raise ReparamError(f"{type(model).__name__} has no layer `{unknown[0]}`")
+    chosen = named_layers(model, names)
     captured = capture(model)
     if captured.untraceable is not None:
         return [Outcome(RULE, "", False, captured.untraceable)]
-    chosen = {modules[name] for name in names}
     called = [module for node in captured.nodes() if (module := captured.module(node)) in chosen]
-    order = dict.fromkeys([*called, *(modules[name] for name in modules if name in names)])
+    order = dict.fromkeys([*called, *chosen])
     return [Outcome(RULE, captured.names(m)[0], *_bring_in(captured, m)) for m in order if m is not None]
 
 
