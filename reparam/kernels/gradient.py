@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from reparam.kernels.hyperspherical import chunks, decode, decode_backward, right_angle
+from reparam.kernels.trigonometry import sine_cosine
 
 # Below this |cos t| the closed form would divide by it and lose its digits.
 _SMALL_COSINE = 1e-3
@@ -64,16 +65,17 @@ def _chunk(
     if n <= 2:
         return _recurrence(radius, theta, n, stored, grad)
     angle = work[0].copy_(theta)
-    tangent = torch.tan(angle, out=work[1])
+    tangent, prefix = work[1], work[2]
+    sine_cosine(angle, tangent, prefix, work[3])
     # The format's exact zeros: that of an earlier cosine is seen to by the recurrence.
     right, straight = _rounded_angles(stored)
     size = theta[:, -1].abs()
-    last_sine = angle[:, -1].sin().masked_fill_(size == straight, 0.0)
-    prefix = angle.cos_()
+    last_sine = tangent[:, -1].masked_fill(size == straight, 0.0)
+    tangent.div_(prefix)
     last_cosine = prefix[:, -1].masked_fill_(size == right, 0.0).clone()
     before = prefix[:, :-1].cumprod_(1)[:, -1]  # P_{n−1}
     prefix[:, -1] *= before  # prefix[:, j] = P_{j+2}: the first, P_1 = 1, is left out
-    d_theta = torch.mul(prefix, grad[:, :-1], out=work[2])
+    d_theta = torch.mul(prefix, grad[:, :-1], out=angle)
     terms = torch.mul(d_theta, tangent, out=work[3])  # u_i·g_i, for u_i = P_i·sin t_i = P_{i+1}·tan t_i
     terms[:, -1] = before * last_sine * grad[:, -2]
     tail = prefix[:, -1] * grad[:, -1]  # u_n·g_n

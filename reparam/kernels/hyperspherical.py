@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from reparam.errors import NonFiniteError
+from reparam.kernels.trigonometry import sine_cosine
 
 # Elements of one chunk of rows: its few float64 temporaries, a megabyte each, about stay in a core's own cache.
 _CHUNK = 1 << 17
@@ -132,10 +133,11 @@ def _encode_chunk(weight: Tensor, radius: Tensor, theta: Tensor) -> None:
     w, scale = _in_range(weight.flip(1))  # last coordinate first: suffix norms become prefix norms
     # −0.0 becomes 0.0, whose angle would otherwise be −π beside a negative last coordinate.
     w[:, :2].add_(0.0)
-    norm = _prefix_sums(
-        w.square(), _RUN[theta.dtype]
-    ).sqrt_()  # norm[:, k] = ‖w_{n−k:}‖, of the last k + 1 coordinates
-    length = norm[:, -1] if scale is None else norm[:, -1] * scale[:, 0]
+    # squared[:, k] = ‖w_{n−k:}‖², of the last k + 1 coordinates
+    squared = _prefix_sums(w.square(), _RUN[theta.dtype])
+    length = squared[:, -1].sqrt()
+    if scale is not None:
+        length *= scale[:, 0]
     if not _all_finite(length):
         raise NonFiniteError("NaN or Inf")
     radius.copy_(length)
@@ -149,11 +151,12 @@ def _encode_chunk(weight: Tensor, radius: Tensor, theta: Tensor) -> None:
     last = torch.atan2(w[:, 1], w[:, 0])
     if theta.dtype == torch.float32 and n >= _SHORT_ROW:
         # One rounding of the float64 tangent, one of atan. A row's trailing zeros are 0/0, and have angle 0.
-        angle = w[:, 1:].div_(norm[:, :-1]).float().atan_()
-        if not bool(norm[:, 0].all()):
+        zeros = not bool(squared[:, 0].all())
+        angle = w[:, 1:].mul_(squared[:, :-1].rsqrt_()).float().atan_()
+        if zeros:
             angle.nan_to_num_(0.0)
     else:
-        angle = torch.atan2(w[:, 1:], norm[:, :-1])
+        angle = torch.atan2(w[:, 1:], squared[:, :-1].sqrt_())
     angle[:, 0] = last
     torch.add(angle.flip(1), 0.0, out=theta)  # no −0.0 here either
 
@@ -181,31 +184,35 @@ def decode(
     out = torch.empty(rows, n, dtype=dtype, device=theta_RT.device)
     most = max((part.stop - part.start for part in chunks(rows, n)), default=0)
     # The same memory for every chunk: it stays in a core's own cache.
-    angles = torch.empty(most, width, dtype=torch.float64, device=theta_RT.device)
+    angles, work = torch.empty(2, most, width, dtype=torch.float64, device=theta_RT.device)
     unit = torch.empty(most, n, dtype=torch.float64, device=theta_RT.device)
     for part in chunks(rows, n):
         count = part.stop - part.start
         u = out[part] if dtype == torch.float64 else unit[:count]
-        _decode_chunk(theta_RT[part], stored, None if radius_R is None else radius_R[part], angles[:count], u)
+        radius = None if radius_R is None else radius_R[part]
+        _decode_chunk(theta_RT[part], stored, radius, angles[:count], work[:count], u)
         if dtype != torch.float64:
             out[part] = u
     return out
 
 
 def _decode_chunk(
-    theta: Tensor, stored: torch.dtype, radius: Tensor | None, angle: Tensor, u: Tensor
+    theta: Tensor, stored: torch.dtype, radius: Tensor | None, angle: Tensor, work: Tensor, u: Tensor
 ) -> None:
-    """Fill ``u`` with r·∏_{j<i} cos t_j · sin t_i, a product of whole matrices; sin t_n is 1. ``angle`` is overwritten."""
+    """Fill ``u`` with r·∏_{j<i} cos t_j · sin t_i, a product of whole matrices; sin t_n is 1.
+
+    ``angle`` and ``work``, shaped like theta, are overwritten.
+    """
     n = u.shape[1]
     r = torch.ones_like(u[:, 0]) if radius is None else radius.double()
     angle.copy_(theta)
-    torch.sin(angle, out=u[:, : n - 1] if n > 1 else u)
+    sine_cosine(angle, u[:, : n - 1] if n > 1 else u, angle, work)
     if n == 1:
         u.mul_(r[:, None])
         return
     u[:, -1] = 1.0
     u[:, -2].masked_fill_(theta[:, -1].abs() == float(torch.tensor(math.pi, dtype=stored)), 0.0)
-    prefix = angle.cos_()
+    prefix = angle  # its cosine by now
     prefix[:, 0] *= r
     prefix.cumprod_(1)  # prefix[:, j] belongs to coordinate j + 1
     # No product is larger than its least factor: only rows whose whole product is small can hold a right angle, and

@@ -1,0 +1,89 @@
+"""float64 sines and cosines of rows of angles, against 40-digit arithmetic."""
+
+from __future__ import annotations
+
+import math
+
+import mpmath
+import pytest
+import torch
+from torch import Tensor
+
+from reparam.kernels import hyperspherical, trigonometry
+from reparam.kernels.gradient import rows_gradient
+from reparam.kernels.trigonometry import sine_cosine
+
+ULPS = 2.0  # of the value; the library's own functions promise one
+EPS = 2.0**-52
+
+
+def both(angle: Tensor) -> tuple[Tensor, Tensor]:
+    sine, cosine = torch.full_like(angle, math.nan), torch.full_like(angle, math.nan)
+    sine_cosine(angle, sine, cosine, torch.empty_like(angle))
+    return sine, cosine
+
+
+def mostly_small(columns: int) -> Tensor:
+    """Rows of small angles and ends of the polynomials' range, one row with large ones in between."""
+    angle = torch.rand(3, columns, generator=torch.Generator().manual_seed(0), dtype=torch.float64) - 0.5
+    angle[0, :4] = torch.tensor([0.5, -0.5, 0.0, 1e-300])
+    angle[:, -128:] *= 2 * math.pi
+    angle[1, 5], angle[1, 6], angle[1, 7] = 0.5 + EPS, -3.0, math.pi / 2
+    return angle
+
+
+@pytest.mark.parametrize("columns", [1, 40, 511, 512, 700])
+def test_values(columns: int) -> None:
+    angle = (
+        mostly_small(columns)
+        if columns > 200
+        else torch.linspace(-3, 3, 3 * columns, dtype=torch.float64).reshape(3, -1)
+    )
+    sine, cosine = both(angle)
+    with mpmath.workdps(40):
+        for got, exact in ((sine, mpmath.sin), (cosine, mpmath.cos)):
+            for t, value in zip(angle.flatten().tolist(), got.flatten().tolist(), strict=True):
+                want = exact(mpmath.mpf(t))
+                assert abs(value - want) <= ULPS * EPS * abs(want), f"at {t}"
+
+
+def test_a_row_comes_out_the_same_beside_any_other() -> None:
+    angle = mostly_small(700)
+    together = both(angle)
+    for i in range(len(angle)):
+        alone = both(angle[i : i + 1])
+        assert torch.equal(together[0][i], alone[0][0])
+        assert torch.equal(together[1][i], alone[1][0])
+
+
+def test_the_cosine_may_take_the_place_of_the_angle() -> None:
+    angle = mostly_small(700)
+    sine, cosine = both(angle)
+    again = torch.empty_like(angle)
+    sine_cosine(angle, again, angle, torch.empty_like(angle))
+    assert torch.equal(again, sine)
+    assert torch.equal(angle, cosine)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_long_rows_do_not_depend_on_their_chunk(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit for bit: angles, rows and gradients."""
+    weight = torch.randn(7, 1000, generator=torch.Generator().manual_seed(1), dtype=dtype)
+    weight[3, 100] = 1e3  # an angle near a right one amid small ones
+
+    def everything() -> tuple[Tensor, ...]:
+        radius, theta = hyperspherical.encode(weight, dtype)
+        rows = hyperspherical.decode(theta, 1000, dtype, radius)
+        return radius, theta, rows, *rows_gradient(radius, theta, 1000, dtype, weight.flip(0))
+
+    whole = everything()
+    monkeypatch.setattr(hyperspherical, "_CHUNK", 1)
+    assert all(torch.equal(a, b) for a, b in zip(whole, everything(), strict=True))
+
+
+def test_both_ways_are_taken() -> None:
+    """The cases above reach what they are about."""
+    angle = mostly_small(700)
+    head = angle[:, : 700 - trigonometry._LAST].abs().amax(dim=1)
+    assert (head > trigonometry._SMALL).tolist() == [False, True, False]
+    assert trigonometry._LONG <= 700
