@@ -24,11 +24,12 @@ def both(angle: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def mostly_small(columns: int) -> Tensor:
-    """Rows of small angles and ends of the polynomials' range, one row with large ones in between."""
+    """Rows of small angles and ends of the polynomials' range, one row with large ones in between, one with a middling one."""
     angle = torch.rand(3, columns, generator=torch.Generator().manual_seed(0), dtype=torch.float64) - 0.5
     angle[0, :4] = torch.tensor([0.5, -0.5, 0.0, 1e-300])
     angle[:, -128:] *= 2 * math.pi
     angle[1, 5], angle[1, 6], angle[1, 7] = 0.5 + EPS, -3.0, math.pi / 2
+    angle[2, 9] = 0.9
     return angle
 
 
@@ -85,5 +86,5 @@ def test_both_ways_are_taken() -> None:
     """The cases above reach what they are about."""
     angle = mostly_small(700)
     head = angle[:, : 700 - trigonometry._LAST].abs().amax(dim=1)
-    assert (head > trigonometry._SMALL).tolist() == [False, True, False]
+    assert (head > trigonometry._SMALL).tolist() == [False, True, True]
     assert trigonometry._LONG <= 700
