@@ -12,6 +12,9 @@ import typer
 from reparam.errors import ReparamError
 
 from . import text
+from .options import ArchArgOption, ArchOption, InputOption, parse_arch_args
+
+_BUNDLED, _BUNDLED_INPUT = "reparam.demo.model:small_cnn", "N,1,28,28"
 
 bench = typer.Typer(help="Measure on this machine, as ratios within one run.", no_args_is_help=True)
 
@@ -73,6 +76,101 @@ def kernel(
     print(
         f"\n{settings['pass']} in {settings['dtype']}, {repeats} repeats; {_machine(value)},"
         f" {text.count(value['machine']['torch_threads'], 'thread')}"
+    )
+
+
+@bench.command()
+def data(
+    path: Annotated[
+        str | None, typer.Option("--data", help="Encoded images, all of one size; generated ones without.")
+    ] = None,
+    images: Annotated[int, typer.Option(min=1, help="How many are read.")] = 2000,
+    pixels: Annotated[int, typer.Option(min=8, help="Width and height of generated ones.")] = 128,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images of one batch.")] = 64,
+    workers: Annotated[
+        list[int] | None, typer.Option(min=0, help="Processes; repeatable, a job each. 0 and 2 without.")
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Of every job; medians are reported.")] = 3,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Reading and augmenting images for training, against a loop over Pillow."""
+    from reparam.bench.data import bench_data
+
+    counts = workers if workers else [0, 2]
+    value = bench_data(
+        path, images, pixels, batch_size, counts, repeats, lambda what: print(what, file=sys.stderr)
+    )
+    if as_json:
+        print(json.dumps(value))
+        return
+    rows = [
+        [r["name"], f"{r['ratio']:.2f}×", f"{r['seconds']:.2f}", f"{r['images_per_second']:.0f}"]
+        for r in value["results"]
+    ]
+    text.table(["job", "time to the loop's", "seconds", "images a second"], rows)
+    settings = value["settings"]
+    print(
+        f"\n{settings['images']} images of {text.shape(settings['shape'])} in batches of {settings['batch_size']}, "
+        f"{settings['repeats']} repeats; {_machine(value)}"
+    )
+
+
+@bench.command()
+def export(
+    arch: ArchOption = None,
+    arch_arg: ArchArgOption = None,
+    inputs: InputOption = None,
+    to: Annotated[str, typer.Option(help="wn, gmp or unit: what the network is exported from.")] = "gmp",
+    repeats: Annotated[int, typer.Option(min=1, help="Of every stage; medians are reported.")] = 3,
+    turns: Annotated[int, typer.Option(min=1, help="Of every file in ONNX Runtime.")] = 50,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Export with its proof, and refit, against a bare torch.onnx.export; and how fast the files run.
+
+    Of a small bundled network, or of --arch with random weights.
+    """
+    from reparam.bench.export import bench_export
+    from reparam.graph import load_architecture, parse_spec
+
+    if (arch is None) != (not inputs):
+        raise ReparamError(
+            "--input: what the network of --arch takes" if arch else "--arch: what takes the --input"
+        )
+    specs = [parse_spec(given) for given in inputs or [_BUNDLED_INPUT]]
+    model = load_architecture(arch or _BUNDLED, parse_arch_args(arch_arg))
+    value = bench_export(model, specs, repeats, turns, lambda what: print(what, file=sys.stderr), to)
+    if as_json:
+        print(json.dumps(value))
+    else:
+        _print_export(value)
+
+
+def _print_export(value: dict[str, Any]) -> None:
+    rows = [
+        [
+            s["name"],
+            f"{s['seconds']:.2f}",
+            f"{s['ratio']:.2f}×",
+            f"{s['cpu_seconds']:.2f}",
+            f"{s['cpu_ratio']:.2f}×",
+        ]
+        for s in value["stages"]
+    ]
+    text.table(["stage", "seconds", "to torch", "CPU seconds", "to torch"], rows)
+    files = value["files"]
+    print()
+    rows = [
+        [f["name"], f"{f['milliseconds']:.3f}", f"{f['ratio']:.2f}×", text.size(f["nbytes"])] for f in files
+    ]
+    text.table(["file", "ms", "to torch's", "size"], rows)
+    print()
+    operators = dict.fromkeys(name for file in files for name in file["operators"])
+    rows = [[name, *(str(file["operators"].get(name, 0)) for file in files)] for name in operators]
+    text.table(["operator", *(file["name"] for file in files)], rows)
+    settings = value["settings"]
+    print(
+        f"\n{settings['model']} from {settings['to']}, {settings['repeats']} repeats, files {settings['turns']} times; "
+        f"{_machine(value)}"
     )
 
 

@@ -13,10 +13,11 @@ import typer
 from reparam.errors import SelectionError
 
 from . import rules, text
-from .options import parse_arch_args, parse_axes
+from .options import ArchArgOption, ArchOption, InputOption, parse_arch_args, parse_axes
 
 if TYPE_CHECKING:
     from reparam.checkpoint import ConversionReport
+    from reparam.checkpoint.fidelity import Fidelity
 
 
 # Up to so many inexact weights are listed one by one; --json has the first ones of every layer.
@@ -49,13 +50,9 @@ def convert(
     axis: Annotated[
         list[str] | None, typer.Option(help="GLOB=N, the axis of the output units; repeatable.")
     ] = None,
-    arch: Annotated[
-        str | None,
-        typer.Option(
-            help="The network: pkg.module:callable or path/to/file.py:callable; a Hugging Face folder needs none."
-        ),
-    ] = None,
-    arch_arg: Annotated[list[str] | None, typer.Option(help="k=v, an argument of that callable.")] = None,
+    arch: ArchOption = None,
+    arch_arg: ArchArgOption = None,
+    inputs: InputOption = None,
     fold_bn: Annotated[
         bool, typer.Option("--fold-bn", help="Fold batch norms into the layers before them first.")
     ] = False,
@@ -65,7 +62,7 @@ def convert(
     calibrate: Annotated[
         Path | None,
         typer.Option(
-            help="Data that sets those means: folder of IDX files, .npz or .safetensors of one array."
+            help="Data that sets those means: folder of IDX files, .npz or .safetensors (FILE:NAME, one array of several)."
         ),
     ] = None,
     scale: Annotated[
@@ -82,7 +79,15 @@ def convert(
     With --arch, or graph options on a Hugging Face folder, the whole network is converted: the output layer is known,
     batch norms fold, scales find their place.
     """
-    graph = {"--fold-bn": fold_bn, "--mean-norm": mean_norm, "--calibrate": calibrate, "--scale": scale}
+    if scale not in (None, "outside", "inside"):
+        raise SelectionError(f"--scale {scale}: outside or inside")
+    graph = {
+        "--fold-bn": fold_bn,
+        "--mean-norm": mean_norm,
+        "--calibrate": calibrate,
+        "--scale": scale,
+        "--input": inputs,
+    }
     asked = [option for option, value in graph.items() if value]
     if arch is not None or _takes_network(path, bool(asked) or to == "unit"):
         tensors_only = {"--layout": layout, "--theta-dtype": theta_dtype, "--exact": exact, "--axis": axis}
@@ -105,6 +110,7 @@ def convert(
             mean_norm=mean_norm,
             calibrate=calibrate,
             scale=scale,
+            inputs=inputs or (),
             force=force,
             dry_run=dry_run,
         )
@@ -161,6 +167,13 @@ def _convert_model(as_json: bool, **options: Any) -> None:
     print()
     rules.print_others(report)
     _print_notes(report)
+    if report.outputs is not None:
+        print(
+            f"outputs of both networks compared in float64: they differ by at most {report.outputs.max_rel:.1e} of their "
+            f"scale (rounding explains {report.outputs.tolerance:.1e})"
+        )
+    elif not any(note.startswith("outputs were not compared") for note in report.notes):
+        print("outputs were not compared: --input says what the network takes, such as --input N,3,224,224")
     if report.rewritten:
         print(
             "scales stand after activations, which the class alone does not compute: Python loads this file with "
@@ -171,6 +184,7 @@ def _convert_model(as_json: bool, **options: Any) -> None:
 
 def _print(report: ConversionReport) -> None:
     rows = []
+    would = {"converted": "would convert", "copied": "would copy"} if report.dry_run else {}
     for layer in report.layers:
         found = layer.fidelity
         measured = found is not None and found.weights > 0
@@ -180,8 +194,8 @@ def _print(report: ConversionReport) -> None:
                 f"{layer.source} → {layer.target}" if layer.status == "converted" else layer.source,
                 text.shape(layer.shape),
                 layer.dtype,
-                layer.status,
-                f"{found.inexact + found.bias_inexact:,}" if found and measured else "—",
+                would.get(layer.status, layer.status),
+                _inexact(found) if found and measured else "—",
                 f"{found.max_row_error:.1e}" if found and measured else "—",
                 layer.reason
                 if layer.status != "converted"
@@ -195,22 +209,28 @@ def _print(report: ConversionReport) -> None:
     _print_result(report)
 
 
+def _inexact(found: Fidelity) -> str:
+    """Weights, and biases apart."""
+    biases = f" + {found.bias_inexact:,} bias{'es' * (found.bias_inexact > 1)}" if found.bias_inexact else ""
+    return f"{found.inexact:,}{biases}"
+
+
 def _print_others(report: ConversionReport) -> None:
+    copied = "would copy" if report.dry_run else "copied"
     reasons: dict[str, list[str]] = {}
     for key, reason in report.others.items():
         reasons.setdefault(reason, []).append(key)
     for reason, keys in reasons.items():
-        print(f"copied byte for byte: {text.count(len(keys), 'tensor')} ({text.shorten(keys, 3)}): {reason}")
+        print(
+            f"{copied} byte for byte: {text.count(len(keys), 'tensor')} ({text.shorten(keys, 3)}): {reason}"
+        )
 
 
 def _print_notes(report: ConversionReport) -> None:
     converted = report.with_status("converted")
     assumed = [layer.name for layer in converted if layer.assumed_axis]
     if assumed:
-        print(
-            f"unit axis assumed for {text.count(len(assumed), 'layer')} whose shape fits a transposed layer as well "
-            f"(--axis GLOB=1 says otherwise; either converts back): {text.shorten(assumed)}"
-        )
+        print(f"{text.UNITS_READ}; either converts back: {text.shorten(assumed)}")
     inside = [layer.name for layer in converted if layer.scale_inside]
     if inside:
         print(
@@ -218,6 +238,19 @@ def _print_notes(report: ConversionReport) -> None:
         )
     for note in report.notes:
         print(note)
+    if report.to != "sp" and report.output.suffix != ".safetensors" and _describes_network(report.source):
+        print(
+            "from_pretrained does not read this folder: train it with reparam finetune or Python, and go back with "
+            f"reparam convert {report.output} --to sp"
+        )
+
+
+def _describes_network(source: Path) -> bool:
+    """Whether the source is a Hugging Face folder, which others read with from_pretrained."""
+    from reparam.checkpoint import open_checkpoint
+    from reparam.pipeline.loading import describes_network
+
+    return describes_network(open_checkpoint(source))
 
 
 def _print_result(report: ConversionReport) -> None:

@@ -1,4 +1,4 @@
-"""reparam export: fold a checkpoint into an ONNX file that provably computes the same."""
+"""reparam export: a checkpoint folded into an ONNX file that provably computes the same."""
 
 from __future__ import annotations
 
@@ -9,31 +9,34 @@ from typing import Annotated
 
 import typer
 
-from .options import parse_arch_args
+from .options import ArchArgOption, ArchOption, InputOption, parse_arch_args
 from .text import size
 
 
 def export(
-    path: Annotated[Path, typer.Argument(help="Checkpoint, in any parameterization.", show_default=False)],
+    path: Annotated[
+        Path,
+        typer.Argument(help="Checkpoint, in any parameterization, or a run's folder.", show_default=False),
+    ],
     onnx: Annotated[Path, typer.Option(help="The ONNX file to write.", show_default=False)],
-    arch: Annotated[
-        str | None,
-        typer.Option(
-            help="The network: pkg.module:callable or path/to/file.py:callable; a Hugging Face folder needs none."
-        ),
+    arch: ArchOption = None,
+    arch_arg: ArchArgOption = None,
+    inputs: InputOption = None,
+    template: Annotated[
+        Path | None, typer.Option(help="Put the weights into this ONNX file's graph; exports nothing anew.")
     ] = None,
-    arch_arg: Annotated[list[str] | None, typer.Option(help="k=v, an argument of that callable.")] = None,
-    inputs: Annotated[
-        list[str] | None,
-        typer.Option("--input", help="N,3,32,32 (a letter is a dynamic axis) or name=float32[N,3,32,32]."),
+    template_weights: Annotated[
+        Path | None,
+        typer.Option(help="The checkpoint --template was exported from, for a file of another tool."),
     ] = None,
     opset: Annotated[int | None, typer.Option(help="Version of ONNX's operator set.")] = None,
     dtype: Annotated[str | None, typer.Option(help="fp16 or bf16: cast weights, inputs and outputs.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Real inputs: safetensors, .pt, .npz or .npy.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the inputs of the comparison.")] = 0,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Fold and export to ONNX, compared in ONNX Runtime first."""
+    """Fold and export to ONNX, or refit an ONNX file; proven before the file has its name."""
     from reparam import pipeline
     from reparam.graph import parse_spec
     from reparam.verification import VerificationError
@@ -48,8 +51,11 @@ def export(
             specs,
             onnx,
             arch_args=parse_arch_args(arch_arg),
+            template=template,
+            template_weights=template_weights,
             opset=opset,
             dtype=dtype,
+            data=data,
             seed=seed,
             force=force,
         )
@@ -60,8 +66,13 @@ def export(
     for note in done.notes:
         print(note, file=sys.stderr)
     if as_json:
-        print(json.dumps({"output": str(done.output), **done.report.to_json()}))
-    else:
-        for check in done.report.checks:
-            print(check)
-        print(f"wrote {done.output} ({size(done.nbytes)})")
+        used = None if done.template is None else str(done.template)
+        print(json.dumps({"output": str(done.output), "template": used, **done.report.to_json()}))
+        return
+    for check in done.report.checks:
+        print(check)
+    for note in done.report.notes:
+        print(f"note: {note}")
+    if done.template is not None:
+        print(f"the graph is that of {done.template}")
+    print(f"wrote {done.output} ({size(done.nbytes)})")

@@ -1,72 +1,135 @@
-"""reparam finetune: train a checkpoint further in the parameterization it is held in."""
+"""reparam finetune: train a checkpoint further in the parameterization it is held in, or a network from new values."""
 
 from __future__ import annotations
 
 import json
+import signal
 import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .options import parse_arch_args
+from . import training_text
+from .options import ArchArgOption, ArchOption, parse_arch_args
+from .recipe_options import with_recipe
 from .text import size
 
+if TYPE_CHECKING:
+    from types import FrameType
 
+_CONFIG = "config.yaml"
+
+
+@with_recipe
 def finetune(
-    path: Annotated[Path, typer.Argument(help="Checkpoint, in any parameterization.", show_default=False)],
-    data: Annotated[Path, typer.Option(help="Folder of IDX files (MNIST family).", show_default=False)],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Run folder.")] = Path("run"),
-    arch: Annotated[
+    path: Annotated[
+        Path | None,
+        typer.Argument(help="Checkpoint, in any parameterization; none with --scratch.", show_default=False),
+    ] = None,
+    data: Annotated[
         str | None,
         typer.Option(
-            help="The network: pkg.module:callable or path/to/file.py:callable; a Hugging Face folder needs none."
+            help="Folder of class folders, of images with metadata.csv, of parquet or IDX files; .parquet, .csv, .tsv, "
+            ".txt, .npz, .safetensors; or file.py:callable for a Dataset of your own."
         ),
     ] = None,
-    arch_arg: Annotated[list[str] | None, typer.Option(help="k=v, an argument of that callable.")] = None,
-    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 50,
-    batch_size: Annotated[int, typer.Option(help="Images of one step.")] = 128,
-    lr: Annotated[float, typer.Option(help="Learning rate of everything but angles.")] = 0.01,
-    angle_lr: Annotated[float, typer.Option(help="Learning rate of theta.")] = 0.001,
-    momentum: Annotated[float, typer.Option(help="Momentum of SGD.")] = 0.9,
-    seed: Annotated[int, typer.Option(help="Seed of the order of the images.")] = 0,
-    mean: Annotated[
-        float | None, typer.Option(help="Mean of the pixels in [0, 1]; measured without.")
+    val_path: Annotated[str | None, typer.Option(help="A second such dataset, for validation.")] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the run.")] = Path("run"),
+    arch: ArchOption = None,
+    arch_arg: ArchArgOption = None,
+    to: Annotated[str | None, typer.Option(help="Convert first: gmp, wn, unit or sp.")] = None,
+    mean_norm: Annotated[
+        bool, typer.Option("--mean-norm", help="With --to: normalize means, calibrated on the data.")
+    ] = False,
+    fold_bn: Annotated[bool, typer.Option("--fold-bn", help="With --to: fold batch norms first.")] = False,
+    config: Annotated[
+        Path | None, typer.Option(help="Recipe in YAML, such as a run's config.yaml; options go before it.")
     ] = None,
-    std: Annotated[
-        float | None, typer.Option(help="Standard deviation of the pixels; measured without.")
-    ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace an earlier run's files.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the run in --out.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, train nothing.")] = False,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="Print the resolved recipe as YAML.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    *,
+    recipe: dict[str, Any],
 ) -> None:
     """Fine-tune in the parameterization a checkpoint is held in."""
-    from reparam import pipeline
-    from reparam.training import Recipe
+    from reparam.errors import ReparamError
+    from reparam.training import load_recipe, to_yaml
 
-    run = pipeline.finetune(
+    if resume and config is None:
+        if not (out / _CONFIG).is_file():
+            raise ReparamError(f"--resume: {out} holds no run: -o names its folder")
+        config = out / _CONFIG
+    resolved = load_recipe(config, recipe)
+    if print_config:
+        print(to_yaml(resolved), end="")
+        return
+    if data is None:
+        raise ReparamError("--data is missing: what to train on, such as --data images/")
+    from reparam.pipeline import run_finetune, set_up
+
+    setup = set_up(
         path,
         arch,
         data,
-        out,
-        Recipe(steps, batch_size, lr, angle_lr, momentum, seed),
+        resolved,
         arch_args=parse_arch_args(arch_arg),
-        mean=mean,
-        std=std,
-        force=force,
-        on_step=lambda step, loss: print(f"step {step}/{steps}  loss {loss:.4f}", file=sys.stderr),
+        val_path=val_path,
+        to=to,
+        mean_norm=mean_norm,
+        fold_bn=fold_bn,
     )
-    for note in run.notes:
-        print(note, file=sys.stderr)
-    result = run.result
+    speaks = setup.world.is_main
+    try:
+        if speaks:
+            training_text.notes(setup.notes)
+            if not as_json:
+                training_text.preflight(setup.preflight)
+        if dry_run:
+            if speaks and as_json:
+                print(json.dumps(training_text.preflight_json(setup.preflight, setup.notes)))
+            return
+        with _asked_to_stop() as stop, training_text.progress(setup.preflight, speaks) as (tell, note):
+            done = run_finetune(setup, out, resume=resume, force=force, tell=tell, note=note, stop=stop)
+    finally:
+        setup.world.close()
+    if not speaks:
+        return
     if as_json:
-        value = {
-            "output": str(run.output),
-            "steps": len(result.losses),
-            "loss": result.losses[-1],
-            "accuracy_before": result.accuracy_before,
-            "accuracy_after": result.accuracy_after,
-        }
-        print(json.dumps(value))
+        print(json.dumps(training_text.result_json(done)))
     else:
-        print(f"test accuracy {result.accuracy_before:.1%} -> {result.accuracy_after:.1%} in {steps} steps")
-        print(f"wrote {run.output} ({size(run.nbytes)})")
+        training_text.result(done.result)
+        for file in (done.best, done.last, done.curves):
+            if file is not None:
+                print(f"wrote {file} ({size(file.stat().st_size)})")
+    if done.result.interrupted:
+        print(
+            f"stopped after step {done.result.step}: the same command with --resume goes on", file=sys.stderr
+        )
+        raise typer.Exit(130)
+
+
+@contextmanager
+def _asked_to_stop() -> Iterator[Callable[[], bool]]:
+    """Whether SIGTERM or Ctrl-C came: the run saves itself first. A second one ends it at once."""
+    asked = False
+
+    def note(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+        print("stopping: the run saves itself first", file=sys.stderr)
+
+    before: Mapping[int, Any] = {n: signal.signal(n, note) for n in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield lambda: asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

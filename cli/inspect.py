@@ -55,9 +55,11 @@ def _row(found: Inspection, i: int, stats: bool) -> list[str]:
 def _summary(found: Inspection) -> None:
     checkpoint = found.checkpoint
     print()
+    buffers = f" and {found.buffers:,} in buffers" if found.buffers else ""
     print(
         f"{text.count(len(found.layers), 'layer')} and {text.count(len(found.others), 'other tensor')}, "
-        f"{found.parameters:,} parameters, {text.size(checkpoint.nbytes)} in {text.count(len(checkpoint.files), 'file')}"
+        f"{found.parameters:,} parameters{buffers}, "
+        f"{text.size(checkpoint.nbytes)} in {text.count(len(checkpoint.files), 'file')}"
     )
     reasons: dict[str, list[str]] = {}
     for key, reason in found.others.items():
@@ -68,6 +70,6 @@ def _summary(found: Inspection) -> None:
         print(f"  tied: {alias} shares {key}")
     assumed = [layer.name for layer in found.layers if layer.assumed_axis]
     if assumed:
-        print(f"  unit axis assumed, shapes fit another as well: {text.shorten(assumed)}")
+        print(f"  {text.UNITS_READ}: {text.shorten(assumed)}")
     for note in checkpoint.notes:
         print(f"  {note}")

@@ -3,8 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Annotated
+
+import typer
 
 from reparam.errors import ReparamError, SelectionError
+
+#: the network, as every command that builds one takes it
+ArchOption = Annotated[
+    str | None,
+    typer.Option(
+        "--arch",
+        help="The network: pkg.module:callable or path/to/file.py:callable; a Hugging Face folder needs none.",
+    ),
+]
+ArchArgOption = Annotated[
+    list[str] | None, typer.Option("--arch-arg", help="k=v, an argument of that callable; repeatable.")
+]
+InputOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--input",
+        help="What the network takes: N,3,32,32 (a letter is a dynamic axis) or name=int64[N,T]; repeatable.",
+    ),
+]
 
 
 def parse_arch_args(given: Sequence[str] | None) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from typing import TYPE_CHECKING
 
 from . import text
@@ -13,12 +14,18 @@ if TYPE_CHECKING:
 
 # Names of layers that a line shows.
 _NAMED, _WIDTH = 3, 60
-# Characters of a reason; --json has all of it.
+# Characters of a reason where no terminal wraps it; --json has all of it.
 _REASON = 110
 
 
 def print_rules(report: ModelReport) -> None:
     """Print a table with a line for every rule and reason."""
+    did, done = ("would apply", "would be done") if report.dry_run else ("applied", "was done")
+    # Of the network as a whole; one that another says in full is not said twice.
+    whole = dict.fromkeys(outcome.why for outcome in report.rules if not outcome.layer)
+    whole_reasons = [
+        why for why in whole if not any(other != why and other.startswith(why) for other in whole)
+    ]
     groups: dict[tuple[str, bool, str], list[Outcome]] = {}
     for outcome in report.rules:
         if not outcome.layer:
@@ -33,15 +40,16 @@ def print_rules(report: ModelReport) -> None:
     ):
         names = [outcome.layer for outcome in members]
         why = members[0].why + ", and so on" * (len({outcome.why for outcome in members}) > 1)
-        rows.append([rule, "applied" if applied else "refused", str(len(names)), _which(names), _short(why)])
-    text.table(["rule", "", "layers", "which", "what was done, or why not"], rows)
-    for outcome in report.rules:
-        if not outcome.layer:
-            print(f"{outcome.rule}: {outcome.why}")
+        if any(reason.startswith(members[0].why) for reason in whole_reasons):
+            why = "it takes the network's graph: see below"
+        rows.append([rule, did if applied else "refused", str(len(names)), _which(names), _short(why)])
+    text.table(["rule", "", "layers", "which", f"what {done}, or why not"], rows)
+    for reason in whole_reasons:
+        print(reason)
 
 
 def _short(why: str) -> str:
-    return why if len(why) <= _REASON else why[: _REASON - 1] + "…"
+    return why if len(why) <= _REASON or sys.stdout.isatty() else why[: _REASON - 1] + "…"
 
 
 def _which(names: list[str]) -> str:
@@ -58,4 +66,5 @@ def print_others(report: ModelReport) -> None:
     for key, reason in report.others.items():
         by_reason.setdefault(reason, []).append(key)
     for reason, keys in by_reason.items():
-        print(f"copied: {text.count(len(keys), 'tensor')} ({text.shorten(keys, _NAMED)}): {reason}")
+        copied = "would copy" if report.dry_run else "copied"
+        print(f"{copied}: {text.count(len(keys), 'tensor')} ({text.shorten(keys, _NAMED)}): {reason}")

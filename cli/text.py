@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -36,20 +37,38 @@ def shorten(names: Sequence[str], most: int = 6) -> str:
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table to stdout, as wide as it must be: names are to be read and copied whole."""
+    """Print a table to stdout: on a terminal no wider than that, the last column in several lines where it must be.
+
+    Other columns are as wide as they must be, and where stdout is no terminal all are: names are to be read and copied whole.
+    """
     from rich import box
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
     grid = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for heading in headings:
-        grid.add_column(heading, justify="right" if heading in _NUMBERS else "left", no_wrap=True)
+    for i, heading in enumerate(headings):
+        last = i == len(headings) - 1
+        grid.add_column(
+            heading,
+            justify="right" if heading in _NUMBERS else "left",
+            no_wrap=not last,
+            overflow="fold",
+        )
     for row in rows:
         grid.add_row(*(escape(cell) for cell in row))
-    Console(width=10_000, highlight=False).print(grid, crop=False, overflow="ignore")
+    width = 10_000
+    if sys.stdout.isatty():
+        fixed = sum(max(map(len, column)) for column in list(zip(headings, *rows, strict=True))[:-1])
+        width = max(shutil.get_terminal_size().columns, fixed + _GAP * len(headings) + _LEAST)
+    Console(width=width, highlight=False).print(grid, crop=False, overflow="ignore")
 
 
+#: of layers whose tensors leave open whether they are transposed ones
+UNITS_READ = "read as ordinary layers, units on axis 0 (--axis GLOB=1 for transposed ones)"
+
+# Between two columns; and of a last column, where the others leave it less.
+_GAP, _LEAST = 3, 20
 _NUMBERS = frozenset(
     {"fan-in", "units", "layers", "size", "inexact", "row error", "‖w‖ min", "‖w‖ max", "dead", "zeros"}
 )

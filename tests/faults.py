@@ -123,9 +123,6 @@ def exported(
     reference = convert(model.eval(), to).eval() if to != "sp" else model.eval()
     folded = fold(reference).eval().to(TYPES[kind])
     given = [replace(s, dtype=str(TYPES[kind]).removeprefix("torch.")) if s.is_float else s for s in specs]
-    if any(isinstance(module, nn.RNNBase) for module in folded.modules()):
-        # torch's exporter fixes the length of a sequence where its last export held a recurrent layer too.
-        export_onnx_model(nn.Linear(1, 1).eval(), [InputSpec("x", ("N", 1))], path)
     export_onnx_model(folded, given, path)
     found = find_map(
         read_initializers(path),
@@ -163,6 +160,12 @@ class Fault:
     key: str = ""
     layer: str = ""
     kinds: tuple[str, ...] = ("fp32", "fp16", "bf16")
+
+    def is_named(self, key: str | None) -> bool:
+        """Whether ``key`` is the layer at fault; any where no layer is."""
+        if self.key:
+            return key == self.key
+        return not self.layer or (key or "").startswith(f"{self.layer}.")
 
 
 def both(*changes: Change) -> Change:

@@ -14,6 +14,8 @@ from transformers.pytorch_utils import Conv1D
 
 from reparam.graph.exchange import replace_modules
 from reparam.graph.outcome import Outcome
+from reparam.graph.rewritten import Rewritten
+from reparam.graph.rules.scale import place_scales
 from reparam.layers import Reparameterized, layer_class
 
 MODELS = Path(__file__).parent.parent / "examples" / "models"
@@ -127,3 +129,28 @@ def unit_weight(layer: Reparameterized) -> Tensor:
 def tensors(model: nn.Module) -> dict[str, Tensor]:
     """Keys and copies of what the state_dict holds, to compare later."""
     return {key: value.clone() for key, value in model.state_dict().items()}
+
+
+class Twice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.relu = nn.Linear(3, 3), nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.fc(self.relu(self.fc(x))))
+
+
+def a_net() -> nn.Sequential:
+    return sequential(
+        conv1=nn.Conv2d(2, 4, 3),
+        relu1=nn.ReLU(),
+        pool=nn.MaxPool2d(2),
+        conv2=nn.Conv2d(4, 3, 2),
+        act=nn.ReLU(),
+    )
+
+
+def placed(model: nn.Module) -> Rewritten:
+    result, _ = place_scales(model)
+    assert isinstance(result, Rewritten)
+    return result

@@ -198,7 +198,15 @@ class Numbers(Net):
         return self.b(F.relu(self.a(x))) * before + n
 
 
-@pytest.mark.parametrize("make", [Aliased, AliasedAttribute, Numbers])
+class Reshapes(Net):
+    """Functions of torch look at the types of sizes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, h = x.size(0), F.relu(self.a(x))
+        return self.b(torch.reshape(torch.reshape(h, (n, -1)), shape=(n, x.shape[1])))
+
+
+@pytest.mark.parametrize("make", [Aliased, AliasedAttribute, Numbers, Reshapes])
 def test_updates_in_place_reach_the_other_names_of_tensors_alone(make: Callable[[], Net]) -> None:
     plain, x = randomized(make()), noise(4, 4)
     found = capture(plain)
@@ -207,7 +215,7 @@ def test_updates_in_place_reach_the_other_names_of_tensors_alone(make: Callable[
     assert difference(rewritten, plain, x) == 0.0
     assert difference(pickle.loads(pickle.dumps(rewritten)), plain, x) == 0.0
     again = capture(rewritten)
-    assert any(n.target in (operator.iadd, operator.imul) for n in again.nodes())
+    assert any(n.target in (operator.iadd, operator.imul, torch.reshape) for n in again.nodes())
     assert difference(Rewritten.of(copy.deepcopy(rewritten), again.graph), plain, x) == 0.0
     converted = convert(plain, "gmp", include=["a"])
     assert isinstance(converted, Rewritten)

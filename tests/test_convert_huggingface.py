@@ -19,8 +19,9 @@ from reparam.errors import ArchitectureError
 from reparam.graph.huggingface import own_names
 from reparam.pipeline.loading import load_network
 
-#: by the layers there are, counted by hand: two blocks of q, k, v, out and the MLP; BERT's dense layer before the head
-LAYERS = {"bert": 2 * 6 + 1, "gpt2": 2 * 4, "llama": 2 * 7, "vit": 2 * 6}
+#: by the layers there are, counted by hand: two blocks of q, k, v, out and the MLP; BERT's dense layer before the head; the
+#: convolution that cuts ViT's patches
+LAYERS = {"bert": 2 * 6 + 1, "gpt2": 2 * 4, "llama": 2 * 7, "vit": 2 * 6 + 1}
 INSIDE = ("--scale", "inside")
 
 
@@ -171,3 +172,23 @@ def test_a_file_in_such_a_folder_is_a_file(bert: Path, tmp_path: Path) -> None:
     refused("convert", bert / "model.safetensors", "--to", "gmp", "--fold-bn", naming=("--fold-bn", "--arch"))
     save_file({"fc.weight": torch.eye(3)}, tmp_path / "model.safetensors")
     refused("convert", tmp_path, "--to", "gmp", "--mean-norm", naming=("--mean-norm", "config.json"))
+
+
+@pytest.mark.parametrize("options", [(), ("--scale", "outside")], ids=["tensors alone", "the network"])
+def test_what_people_are_told(options: tuple[str, ...], bert: Path, tmp_path: Path) -> None:
+    """How to get back, and what takes a graph: each once, in words."""
+    made = tmp_path / "bert-gmp"
+    out = done("convert", bert, "--to", "gmp", *options, "-o", made).out
+    (line,) = [line for line in out.splitlines() if "from_pretrained does not read this folder" in line]
+    assert line.endswith(f"reparam convert {made} --to sp")
+    assert "from_pretrained" not in done("convert", made, "--to", "sp", "-o", tmp_path / "back").out
+    traced = [line for line in out.splitlines() if "cannot trace" in line]
+    assert traced == (
+        [
+            "torch.fx cannot trace BertForMaskedLM, as is usual for models of transformers: rules that need the graph are "
+            "not possible, layers are converted one by one and chosen by their names"
+        ]
+        if options
+        else []
+    )
+    assert ("it takes the network's graph: see below" in out) == bool(options)

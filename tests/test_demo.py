@@ -14,7 +14,7 @@ from cli.main import main
 from reparam.demo import run_demo
 from reparam.demo.run import DemoResult
 from reparam.errors import OutputError
-from reparam.training import load_dataset
+from reparam.training.data import Batches, load_data
 
 NO_LOSS = 0.01  # of test accuracy: ten of the 1,000 images, one standard error
 
@@ -29,15 +29,16 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[DemoResult, list[str
 def test_the_chain_holds(demo: tuple[DemoResult, list[str], Path]) -> None:
     done, lines, out = demo
     result = done.run.result
-    assert result.accuracy_before == 0.864
-    assert result.accuracy_after >= result.accuracy_before - NO_LOSS
+    assert result.before.value == 0.864
+    assert result.best.value >= result.before.value - NO_LOSS
     assert done.exported.report.passed
     assert lines[-1].startswith("The ONNX file computes what the fine-tuned network computes.")
 
-    test = load_dataset(out / "data").test
+    data = load_data(str(out / "data"))
+    images, labels = next(Batches(data, data.validation, batch_size=1000, shuffle=False).epoch(0))
     session = ort.InferenceSession(done.exported.output, providers=["CPUExecutionProvider"])
-    (logits,) = session.run(None, {"input": test.images.numpy()})
-    assert np.mean(logits.argmax(1) == test.labels.numpy()) == result.accuracy_after
+    (logits,) = session.run(None, {"input": images.numpy()})
+    assert np.mean(logits.argmax(1) == labels.numpy()) == result.best.value
 
 
 def test_an_earlier_demo_is_not_replaced_unasked(demo: tuple[DemoResult, list[str], Path]) -> None:
@@ -54,14 +55,14 @@ def test_the_printed_commands_are_the_chain(
     done, lines, _ = demo
     commands = [shlex.split(line)[2:] for line in lines if line.startswith("$ reparam ")]
     assert [command[0] for command in commands] == ["convert", "finetune", "export"]
-    weights, onnx = done.run.output.read_bytes(), done.exported.output.read_bytes()
+    weights, onnx = done.run.best.read_bytes(), done.exported.output.read_bytes()
     printed = []
     for command in commands:
         assert main([*command, "--force", "--json"]) == 0
         printed.append(json.loads(capsys.readouterr().out))
-    assert printed[1]["accuracy_after"] == done.run.result.accuracy_after
+    assert printed[1]["best"]["value"] == done.run.result.best.value
     assert printed[2]["passed"] is True
-    assert done.run.output.read_bytes() == weights
+    assert done.run.best.read_bytes() == weights
     assert done.exported.output.read_bytes() == onnx
 
 
@@ -69,11 +70,11 @@ def test_the_command_line_tells_a_failure_in_one_line(
     demo: tuple[DemoResult, list[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     done, _, out = demo
-    weights, data = str(done.run.output), str(out / "data")
+    weights, data = str(done.run.best), str(out / "data")
     arch = ["--arch", "reparam.demo.model:small_cnn"]
     run = str(tmp_path / "run")
     cases = [
-        (2, ["export", weights, "--onnx", str(tmp_path / "m.onnx")], "error: --input is missing"),
+        (2, ["export", weights, *arch, "--onnx", str(tmp_path / "m.onnx")], "error: --input is missing"),
         (
             2,
             ["export", weights, *arch, "--input", "N,x y", "--onnx", "m.onnx"],
@@ -82,18 +83,20 @@ def test_the_command_line_tells_a_failure_in_one_line(
         (
             2,
             ["finetune", weights, "--data", data, "-o", run],
-            "error: `model.safetensors` holds weights, not a",
+            "error: `best.safetensors` holds weights, not a",
         ),
         (2, ["finetune", weights, *arch, "--arch-arg", "x", "--data", data], "error: --arch-arg x: expected"),
         (
             1,
             ["finetune", weights, *arch, "--data", data, "--lr", "1e30", "-o", run],
-            "training diverged; lower",
+            "error: training diverged at step ",
         ),
     ]
     for code, command, message in cases:
         assert main(command) == code
         printed = capsys.readouterr()
-        assert printed.out == ""
+        assert code == 1 or printed.out == ""
         assert message in printed.err.splitlines()[-1]
-    assert list(tmp_path.iterdir()) == []
+    # A run that diverges keeps its last good checkpoint; nothing else was written.
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert (tmp_path / "run" / "best.safetensors").exists()

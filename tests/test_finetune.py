@@ -1,182 +1,51 @@
-"""IDX data, the training loop, and the fine-tuning stage on the bundled network."""
+"""Fine-tuning as a command and as one call: from a checkpoint or new values to a run that exports without its source."""
 
 from __future__ import annotations
 
-import gzip
 import json
-import struct
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from torch import nn
 
 import reparam.demo.model as demo_model
+from cli.main import main
 from reparam import pipeline
 from reparam.checkpoint import convert_checkpoint, load_state_dict
 from reparam.errors import ArchitectureError, CheckFailedError, DataError, OutputError, ReparamError
-from reparam.graph import fold
-from reparam.graph.exchange import replace_modules
+from reparam.graph import apply_records, fold
 from reparam.layers import GmPConv2d
-from reparam.training import Dataset, Recipe, accuracy, finetune, load_dataset
+from reparam.training import Recipe
 
 BUNDLED = Path(demo_model.__file__).parent / "data"
 ARCH = "reparam.demo.model:small_cnn"
 NO_LOSS = 0.01  # of test accuracy: ten of the 1,000 images, one standard error
 SHORT = Recipe(steps=3, batch_size=32)
 
+NET = """
+import torch
+from torch import nn
 
-@pytest.fixture(scope="module")
-def data() -> Dataset:
-    return load_dataset(BUNDLED)
+def net(width=4):
+    return nn.Sequential(nn.Conv2d(1, width, 3), nn.ReLU(), nn.MaxPool2d(4), nn.Flatten(), nn.Linear(width * 36, 10))
 
+def mlp():
+    return nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 1))
 
-def trained() -> nn.Module:
-    """The bundled network with its convolutions in GmP."""
-    model = demo_model.small_cnn()
-    model.load_state_dict(load_state_dict(BUNDLED / "small_cnn.safetensors")[0])
-    return replace_modules(model, lambda m: GmPConv2d.from_plain(m) if type(m) is nn.Conv2d else None)
+class Line(torch.utils.data.Dataset):
+    def __len__(self):
+        return 40
+    def __getitem__(self, i):
+        x = torch.tensor([i / 20 - 1, 1.0])
+        return x, x[:1] * 3
 
-
-def idx(array: np.ndarray) -> bytes:
-    return bytes([0, 0, 8, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
-
-
-def write_set(folder: Path, train: int = 6, test: int = 4) -> Path:
-    random = np.random.default_rng(0)
-    folder.mkdir(exist_ok=True)
-    for part, count in (("train", train), ("t10k", test)):
-        images = random.integers(0, 256, (count, 5, 4), dtype=np.uint8)
-        labels = np.arange(count, dtype=np.uint8) % 3
-        (folder / f"{part}-images-idx3-ubyte.gz").write_bytes(gzip.compress(idx(images)))
-        (folder / f"{part}-labels-idx1-ubyte").write_bytes(idx(labels))
-    return folder
-
-
-def test_the_bundled_set(data: Dataset) -> None:
-    assert data.train.images.shape == (2000, 1, 28, 28)
-    assert data.test.images.dtype == torch.float32
-    assert torch.equal(data.test.labels.bincount(), torch.full((10,), 100))
-    assert (round(data.mean, 4), round(data.std, 4)) == (demo_model.MEAN, demo_model.STD)
-    assert abs(float(data.train.images.double().mean())) < 1e-6
-    assert abs(float(data.train.images.double().std(correction=0)) - 1) < 1e-6
-
-
-def test_pixels_and_labels_are_the_files(tmp_path: Path) -> None:
-    folder = write_set(tmp_path)
-    read = load_dataset(folder, mean=0.5, std=0.25)
-    raw = gzip.decompress((folder / "t10k-images-idx3-ubyte.gz").read_bytes())[16:]
-    expected = (torch.frombuffer(bytearray(raw), dtype=torch.uint8).reshape(4, 1, 5, 4) / 255 - 0.5) / 0.25
-    assert torch.equal(read.test.images, expected)
-    assert read.test.labels.tolist() == [0, 1, 2, 0]
-    assert (len(read.train), read.classes) == (6, 3)
-
-
-def rewrite(name: str, change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
-    def apply(folder: Path) -> None:
-        file = folder / name
-        raw = file.read_bytes()
-        packed = name.endswith(".gz")
-        changed = change(gzip.decompress(raw) if packed else raw)
-        file.write_bytes(gzip.compress(changed) if packed else changed)
-
-    return apply
-
-
-IMAGES, LABELS = "train-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte"
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda f: (f / LABELS).unlink(), "no t10k-labels-idx1-ubyte.gz or t10k-labels-idx1-ubyte"),
-        (rewrite(IMAGES, lambda b: b"\x89PNG" + b[4:]), f"{IMAGES}: not an IDX file"),
-        (rewrite(LABELS, lambda b: b[:3]), f"{LABELS}: not an IDX file"),
-        (rewrite(IMAGES, lambda b: b[:-1]), rf"{IMAGES}: the header says \[6, 5, 4\], but 119 bytes follow"),
-        (rewrite(LABELS, lambda b: idx(np.zeros(9, np.uint8))), "t10k-images.*: 4 images, but 9 labels in"),
-        (lambda f: (f / IMAGES).write_bytes((f / IMAGES).read_bytes()[:-9]), f"{IMAGES}: cannot be read"),
-        (lambda f: (f / IMAGES).write_bytes(b"not gzip"), f"{IMAGES}: cannot be read"),
-        (
-            rewrite(IMAGES, lambda b: idx(np.full((6, 5, 4), 3, np.uint8))),
-            "cannot be standardized with mean 0.0117647 and standard deviation 0",
-        ),
-        (
-            rewrite(IMAGES, lambda b: idx(np.ones((6, 5, 5), np.uint8))),
-            r"images are \[5, 5\], test images \[5, 4\]",
-        ),
-    ],
-)
-def test_a_damaged_set_names_the_file(tmp_path: Path, damage: Callable[[Path], object], message: str) -> None:
-    damage(write_set(tmp_path))
-    with pytest.raises(DataError, match=message):
-        load_dataset(tmp_path)
-
-
-def test_a_missing_folder(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no such folder"):
-        load_dataset(tmp_path / "none")
-
-
-def test_gmp_fine_tuning_lowers_the_loss_and_keeps_the_accuracy(data: Dataset) -> None:
-    model = trained()
-    theta = model.conv2.theta.detach().clone()
-    steps: list[int] = []
-    result = finetune(model, data, Recipe(), on_step=lambda step, loss: steps.append(step))
-    assert result.accuracy_before == 0.864
-    assert result.accuracy_after >= result.accuracy_before - NO_LOSS
-    assert steps == list(range(1, 51))
-    assert np.mean(result.losses[-10:]) < np.mean(result.losses[:10])
-    assert not torch.equal(model.conv2.theta, theta)
-    assert not model.training
-    assert accuracy(fold(model), data.test) == result.accuracy_after
-
-
-def test_the_same_seed_gives_the_same_weights(data: Dataset) -> None:
-    models = [trained(), trained(), trained()]
-    state = torch.get_rng_state()
-    for model, seed in zip(models, (0, 0, 1), strict=True):
-        finetune(model, data, Recipe(steps=3, batch_size=32, seed=seed))
-    assert torch.equal(torch.get_rng_state(), state)
-    first, second, third = (model.state_dict() for model in models)
-    assert all(torch.equal(first[key], second[key]) for key in first)
-    assert not torch.equal(first["conv1.theta"], third["conv1.theta"])
-
-
-def test_angles_follow_their_own_rate(data: Dataset) -> None:
-    for recipe, moved in (
-        (Recipe(steps=2, lr=0.0), {"theta"}),
-        (Recipe(steps=2, angle_lr=0.0), {"r", "weight", "bias"}),
-    ):
-        model = trained()
-        before = {key: value.clone() for key, value in model.named_parameters()}
-        finetune(model, data, recipe)
-        changed = {k.rpartition(".")[2] for k, v in model.named_parameters() if not torch.equal(v, before[k])}
-        assert changed == moved
-
-
-def test_divergence_is_a_failed_check_with_advice(data: Dataset) -> None:
-    with pytest.raises(
-        CheckFailedError, match=r"at step \d+: training diverged; lower --angle-lr \(now 0.001\)"
-    ):
-        finetune(trained(), data, Recipe(lr=1e30))
-
-
-def test_a_model_that_does_not_fit_the_data_is_found_before_the_first_step(data: Dataset) -> None:
-    flat = nn.Sequential(nn.Flatten(), nn.Linear(784, 4))
-    with pytest.raises(DataError, match="4 outputs, the data 10 classes"):
-        finetune(flat, data, SHORT)
-    with pytest.raises(DataError, match=r"does not take images of \[1, 28, 28\]"):
-        finetune(nn.Sequential(nn.Flatten(), nn.Linear(9, 10)), data, SHORT)
-    with pytest.raises(DataError, match=r"gives \[2, 1, 28, 28\] for two images"):
-        finetune(nn.Identity(), data, SHORT)
-
-
-@pytest.mark.parametrize("bad", [{"steps": 0}, {"batch_size": 0}, {"lr": -1.0}, {"angle_lr": float("nan")}])
-def test_a_recipe_that_makes_no_sense(bad: dict[str, float]) -> None:
-    with pytest.raises(ReparamError, match="--"):
-        Recipe(**bad)
+def line():
+    return Line()
+"""
 
 
 @pytest.fixture(scope="module")
@@ -186,34 +55,249 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_the_stage_writes_a_checkpoint_held_like_its_input(converted: Path, tmp_path: Path) -> None:
-    run = pipeline.finetune(converted, ARCH, BUNDLED, tmp_path / "run", SHORT)
+@pytest.fixture
+def net(tmp_path: Path) -> str:
+    (tmp_path / "net.py").write_text(NET)
+    return str(tmp_path / "net.py")
+
+
+def evaluations(run: Path) -> list[dict[str, float]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if "validation_loss" in line]
+
+
+def weights(file: Path) -> dict[str, torch.Tensor]:
+    return load_state_dict(file)[0]
+
+
+def same(a: Path, b: Path) -> bool:
+    left, right = weights(a), weights(b)
+    return left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
+
+
+def test_gmp_fine_tuning_keeps_the_accuracy_and_moves_the_angles(converted: Path, tmp_path: Path) -> None:
+    run = pipeline.finetune(converted, ARCH, BUNDLED, tmp_path / "run", Recipe(steps=50))
+    assert run.result.before.value == 0.864
+    assert run.result.best.value >= run.result.before.value - NO_LOSS
     before, records = load_state_dict(converted)
-    after, kept = load_state_dict(run.output)
-    assert "conv1.weight" in kept
+    after, kept = load_state_dict(run.best)
     assert kept == records
     assert {k: (v.shape, v.dtype) for k, v in after.items()} == {
         k: (v.shape, v.dtype) for k, v in before.items()
     }
     assert not torch.equal(after["conv1.theta"], before["conv1.theta"])
-    assert int(after["bn1.num_batches_tracked"] - before["bn1.num_batches_tracked"]) == 3
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["loss"] for line in lines[1:-1]] == list(run.result.losses)
-    assert lines[-1]["accuracy_after"] == run.result.accuracy_after
-    with pytest.raises(OutputError, match="exists"):
-        pipeline.finetune(converted, ARCH, BUNDLED, tmp_path / "run", SHORT)
+    assert int(after["bn1.num_batches_tracked"] - before["bn1.num_batches_tracked"]) == run.result.best.step
+    # The best checkpoint is the user's own class again once folded, and as good as the run says it is.
+    model = apply_records(demo_model.small_cnn(), kept)
+    model.load_state_dict(after)
+    folded, plain = fold(model.eval()), demo_model.small_cnn().eval()
+    plain.load_state_dict(folded.state_dict())
+    from reparam.training.data import Batches, load_data
+
+    data = load_data(str(BUNDLED))
+    images, labels = next(Batches(data, data.validation, batch_size=1000, shuffle=False).epoch(0))
+    assert float((plain(images).argmax(1) == labels).double().mean()) == run.result.best.value
 
 
-def test_the_stage_leaves_nothing_behind_when_it_fails(converted: Path, tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    with pytest.raises(CheckFailedError):
-        pipeline.finetune(converted, ARCH, BUNDLED, out, Recipe(lr=1e30))
-    with pytest.raises(ArchitectureError, match=r"holds weights, not a network: give --arch file\.py:fn"):
-        pipeline.finetune(converted, None, BUNDLED, out)
+def test_a_run_says_what_it_was(converted: Path, tmp_path: Path) -> None:
+    run = pipeline.finetune(converted, ARCH, BUNDLED, tmp_path / "run", SHORT)
+    config = yaml.safe_load((run.folder / "config.yaml").read_text())
+    assert (config["steps"], config["batch_size"]) == (3, 32)
+    assert config["network"]["arch"] == ARCH
+    assert config["network"]["input"] == [1, 28, 28]
+    assert config["network"]["classes"] == [str(i) for i in range(10)]
+    assert [line["step"] for line in evaluations(run.folder)] == [0, 3]
+    with pytest.raises(OutputError, match=r"holds a run already: --resume continues it, --force replaces it"):
+        pipeline.finetune(converted, ARCH, BUNDLED, run.folder, SHORT)
+
+
+def test_best_exports_from_its_run_without_the_network(
+    converted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import onnxruntime as ort
+
+    run = pipeline.finetune(converted, ARCH, BUNDLED, tmp_path / "run", SHORT)
+    for source in (run.folder, run.best):
+        assert main(["export", str(source), "--onnx", str(tmp_path / "m.onnx"), "--force"]) == 0
+        capsys.readouterr()
+    model = apply_records(demo_model.small_cnn(), load_state_dict(run.best)[1])
+    model.load_state_dict(weights(run.best))
+    x = torch.randn(5, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    expected = model.double().eval()(x.double()).detach().numpy()
+    session = ort.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])
+    (got,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    assert np.abs(got - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+def test_from_scratch_converted_trained_and_exported_in_four_commands(
+    net: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arch, data = ["--arch", f"{net}:net"], str(BUNDLED)
+    sp, gmp, run = tmp_path / "sp", tmp_path / "model.gmp.safetensors", tmp_path / "run"
+    short = ["--steps", "6", "--batch-size", "100", "--lr", "0.05"]
+    commands: list[Sequence[str | Path]] = [
+        ["finetune", "--scratch", *arch, "--data", data, "-o", sp, *short],
+        [
+            "convert",
+            sp / "best.safetensors",
+            *arch,
+            "--to",
+            "gmp",
+            "--mean-norm",
+            "--calibrate",
+            data,
+            "-o",
+            gmp,
+        ],
+        ["finetune", gmp, *arch, "--data", data, "-o", run, *short],
+        ["export", run, "--onnx", tmp_path / "model.onnx"],
+    ]
+    for command in commands:
+        assert main([*map(str, command)]) == 0, capsys.readouterr().err
+    records = load_state_dict(run / "best.safetensors")[1]
+    assert {record.kind for record in records.values()} == {"gmp"}
+    assert evaluations(run)[0]["accuracy"] == pytest.approx(evaluations(sp)[-1]["accuracy"], abs=2e-3)
+    assert evaluations(sp)[-1]["accuracy"] > 0.3
+    assert (tmp_path / "model.onnx").exists()
+
+
+def test_converting_on_the_way_is_converting_first(converted: Path, tmp_path: Path) -> None:
+    plain = BUNDLED / "small_cnn.safetensors"
+    run = pipeline.finetune(
+        plain, ARCH, BUNDLED, tmp_path / "a", SHORT, to="gmp", mean_norm=True, fold_bn=True
+    )
+    tensors, records = load_state_dict(run.best)
+    assert records["conv2.weight"].mean == "mn"
+    assert "conv2.running_input_mean" in tensors
+    assert not any(key.startswith("bn") for key in tensors)
+    # Calibrated: the accuracy before the first step is the checkpoint's.
+    assert run.result.before.value == pytest.approx(0.864, abs=2e-3)
+
+
+@pytest.mark.parametrize("init", ["paper", "glorot", "data"])
+def test_new_values(init: str, converted: Path, tmp_path: Path) -> None:
+    from reparam.pipeline import set_up
+
+    recipe = Recipe(steps=1, batch_size=32, scratch=True, init=init)
+    models = [set_up(converted, ARCH, str(BUNDLED), recipe).model for _ in range(2)]
+    layer = models[0].conv2
+    assert isinstance(layer, GmPConv2d)
+    assert not torch.equal(layer.theta, weights(converted)["conv2.theta"])
+    assert all(torch.equal(a, b) for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True))
+    if init == "paper":
+        assert torch.equal(layer.r, torch.ones_like(layer.r))
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(
+    converted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["finetune", str(converted), "--arch", ARCH, "--data", str(BUNDLED), "--batch-size", "64"]
+    assert main([*command, "-o", str(tmp_path / "whole"), "--steps", "5"]) == 0
+    assert main([*command, "-o", str(tmp_path / "parts"), "--steps", "3"]) == 0
+    assert main([*command, "-o", str(tmp_path / "parts"), "--steps", "5", "--resume"]) == 0
+    assert same(tmp_path / "whole" / "last.safetensors", tmp_path / "parts" / "last.safetensors")
+    assert yaml.safe_load((tmp_path / "parts" / "config.yaml").read_text())["steps"] == 5
+    capsys.readouterr()
+    assert main([*command, "-o", str(tmp_path / "parts"), "--resume", "--lr", "0.5"]) == 2
+    assert "lr" in capsys.readouterr().err
+    # Killed before its first save: from the beginning.
+    (tmp_path / "parts" / "state.pt").unlink()
+    assert main([*command, "-o", str(tmp_path / "parts"), "--steps", "5", "--resume"]) == 0
+    assert same(tmp_path / "whole" / "last.safetensors", tmp_path / "parts" / "last.safetensors")
+    assert main([*command, "-o", str(tmp_path / "none"), "--resume"]) == 2
+    assert "holds no run" in capsys.readouterr().err
+
+
+def test_regression_from_a_table_and_from_the_users_own_code(net: str, tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    x = random.normal(size=(60, 2))
+    rows = np.column_stack([x, x @ [2.0, -1.0] + 0.5])
+    np.savetxt(tmp_path / "set.csv", rows, delimiter=",", header="a,b,y", comments="")
+    recipe = Recipe(scratch=True, epochs=20, batch_size=10, lr=0.05, task="regress")
+    for data in (tmp_path / "set.csv", f"{net}:line"):
+        out = tmp_path / Path(str(data)).suffix[1:4]
+        run = pipeline.finetune(None, f"{net}:mlp", data, out, recipe)
+        assert run.result.best.metric == "rmse"
+        assert run.result.best.value < run.result.before.value / 2
+
+
+def test_dry_run_and_print_config_write_nothing(
+    converted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    command = ["finetune", str(converted), "--arch", ARCH, "--data", str(BUNDLED), "--epochs", "2", "--flip"]
+    assert main([*command, "--dry-run", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    groups = {group["kind"]: group for group in told["groups"]}
+    model = demo_model.small_cnn()
+    assert groups["r"]["numbers"] == sum(m.out_channels for m in model.modules() if isinstance(m, nn.Conv2d))
+    assert groups["theta"]["lr"] == pytest.approx(0.001)
+    assert told["steps"] == 2 * (2000 // 128)
+    assert main([*command, "--print-config"]) == 0
+    config = yaml.safe_load(capsys.readouterr().out)
+    assert (config["epochs"], config["flip"], config["crop"]) == (2, True, 0)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--data", "{data}"], "holds weights, not a network: give --arch file.py:fn"),
+        (["--arch", "{arch}"], "--data is missing"),
+        (["--arch", "{arch}", "--data", "nowhere"], "nowhere: no such file or folder"),
+        (["--arch", "{arch}", "--data", "{data}", "--lr", "fast"], "--lr"),
+        (["--arch", "{arch}", "--data", "{data}", "--mean-norm"], "--mean-norm: goes with a conversion"),
+        (["--arch", "{arch}", "--data", "{data}", "--scratch"], "say what replaces them (--init paper)"),
+        (["--arch", "{arch}", "--data", "{data}", "--config", "none.yaml"], "none.yaml: cannot be read"),
+        (["--arch", "{arch}", "--data", "{data}", "--train", "g"], "--train"),
+        (["--arch", "torch.nn:Flatten", "--data", "{data}"], "the file holds this layer, Flatten does not"),
+        (["--arch", "{arch}", "--arch-arg", "num_classes=4", "--data", "{data}"], "is [10, 64] in the file"),
+    ],
+)
+def test_what_cannot_work_is_told_in_one_line_before_anything_is_written(
+    options: list[str],
+    message: str,
+    converted: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = [option.format(arch=ARCH, data=BUNDLED) for option in options]
+    assert main(["finetune", str(converted), *given]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert message in printed.err.splitlines()[-1]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_to_train_from() -> None:
+    with pytest.raises(ReparamError, match="give a checkpoint, or --scratch"):
+        pipeline.finetune(None, ARCH, BUNDLED, "run", SHORT)
+    with pytest.raises(ReparamError, match="--scratch: give the network with --arch"):
+        pipeline.finetune(None, None, BUNDLED, "run", Recipe(scratch=True))
+
+
+def test_networks_that_do_not_fit(net: str, tmp_path: Path) -> None:
+    scratch = Recipe(scratch=True, steps=1)
+    with pytest.raises(DataError, match="does not take inputs of 1x28x28"):
+        pipeline.finetune(None, f"{net}:mlp", BUNDLED, tmp_path / "run", scratch)
+    with pytest.raises(ArchitectureError, match="raised"):
+        pipeline.finetune(None, f"{net}:net", BUNDLED, tmp_path / "run", scratch, arch_args={"width": "'x'"})
+    assert not (tmp_path / "run").exists()
+
+
+def test_divergence_is_a_failed_check_that_keeps_the_last_good_checkpoint(
+    converted: Path, tmp_path: Path
+) -> None:
     with pytest.raises(
-        ArchitectureError, match=r"`conv1.weight`: the file holds this layer, Linear does not"
+        CheckFailedError, match=r"training diverged at step \d+: .*best\.safetensors, of step 0"
     ):
-        pipeline.finetune(
-            converted, "torch.nn:Linear", BUNDLED, out, arch_args={"in_features": "2", "out_features": "2"}
-        )
-    assert not out.exists()
+        pipeline.finetune(converted, ARCH, BUNDLED, tmp_path / "run", Recipe(lr=1e30))
+    assert same(tmp_path / "run" / "best.safetensors", converted)
+
+
+def test_curves_show_the_run(converted: Path, tmp_path: Path) -> None:
+    run = pipeline.finetune(converted, ARCH, BUNDLED, tmp_path / "run", SHORT)
+    assert run.curves is not None
+    assert run.curves.read_bytes().startswith(b"\x89PNG")

@@ -266,7 +266,7 @@ def test_every_field_in_golden_text() -> None:
         {"scale": "left"}, {"scale": None}, {"scale": "outside", "kind": "wn"}, {"scale": "outside", "bias": "bias"},
         {"mean": "max"}, {"mean": True}, {"mean": "mn", "kind": "sp"},
         {"momentum": "x"}, {"momentum": None}, {"momentum": -0.1}, {"momentum": 1.5}, {"momentum": float("nan")},
-        {"gained_bias": "yes"}, {"gained_bias": 1}, {"gained_bias": True, "mean": None},
+        {"gained_bias": "yes"}, {"gained_bias": 1}, {"gained_bias": None},
         {"gained_bias": True, "bias": None}, {"batch_norm": 3}, {"batch_norm": ["bn"]}, {"batch_norm": ""},
         {"batch_norm": []}, {"batch_norm": ["bn", ""]}, {"batch_norm": ["bn", "bn"]}, {"batch_norm": ["bn", ["bn2"]]},
         {"kind": "sp", "batch_norm": None, "mean": None, "scale": "inside"},
@@ -341,14 +341,18 @@ def test_a_buffer_named_like_a_sign_is_the_users_own(tmp_path: Path) -> None:
         ("batch norm folded", "its scale stands after the activation"),
         ("MBN", "its mean is normalized"),
         ("plain, batch norm folded", "the batch norm bn1 is folded into it"),
+        ("a mean folded", "it has a bias that mean normalization gave it"),
         ("unit norm", "the batch norm"),
     ],
 )
 def test_such_a_file_needs_its_network(case: str, says: str, tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
-    model = convert(CASES[case].build(), **CASES[case].options)
+    if case == "a mean folded":
+        model = fold(convert(CASES["MN beside batch norm"].build(), **CASES["MN beside batch norm"].options))
+    else:
+        model = convert(CASES[case].build(), **CASES[case].options)
     save_state_dict(model.state_dict(), records_of(model), path)
-    to = "wn" if case == "plain, batch norm folded" else "sp"
+    to = "wn" if case in ("plain, batch norm folded", "a mean folded") else "sp"
     line = refused(
         "convert", path, "--to", to, "-o", tmp_path / "out.safetensors", naming=("--arch",), leaving=tmp_path
     )
@@ -357,6 +361,37 @@ def test_such_a_file_needs_its_network(case: str, says: str, tmp_path: Path) -> 
     listed = done("inspect", path, "--json").json
     assert {layer["name"] for layer in listed["layers"]} >= {"conv1", "conv2", "fc2"}
     assert run("inspect", path).code == 0
+
+
+@pytest.mark.parametrize("through", ["one", "wn", "gmp, MN"])
+@pytest.mark.parametrize("case", ["MN", "MBN", "MN beside batch norm"])
+def test_a_bias_that_stayed_from_a_mean_loads_again(case: str, through: str, tmp_path: Path) -> None:
+    """Folded, the plain layer has a bias that the user's class has not: the file says so, wherever it goes next."""
+    model = moved(convert(CASES[case].build(), **CASES[case].options))
+    plain = convert(model, "sp")
+    assert plain.fc1.bias is not None
+    if through != "one":
+        options = {"mean_norm": True, "calibrate": [X]} if through == "gmp, MN" else {}
+        plain = convert(plain, through.partition(",")[0], **options)
+    records = records_of(plain)
+    assert records["fc1.weight"].gained_bias
+    assert not records["conv2.weight"].gained_bias if "conv2.weight" in records else through == "one"
+    found = there_and_back(plain, normed(), tmp_path / "plain.safetensors")
+    assert difference(found, model, X) <= EXACT
+    assert records_of(found) == records
+    assert_same_bits(found.state_dict(), plain.state_dict())
+    assert difference(fold(found), model, X) <= EXACT
+
+
+def test_a_class_with_the_bias_is_taken_as_it_is(tmp_path: Path) -> None:
+    model = convert(CASES["MN"].build(), **CASES["MN"].options)
+    records = records_of(plain := convert(model, "sp"))
+    own = normed()
+    own.fc1 = nn.Linear(4, 3).double()
+    found = apply_records(own, records)
+    load_into(found, plain.state_dict(), "file")
+    assert difference(found.eval(), model, X) <= EXACT
+    assert not records_of(found).get("fc1.weight")
 
 
 def test_folded_batch_norms_are_found_in_a_copy() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from decimal import Decimal, localcontext
 from typing import Any
 
 import pytest
@@ -325,6 +326,47 @@ def test_residual_networks_are_left_with_reasons() -> None:
     found = unit_norms(randomized(CifarResNet(1, 4)), ["conv1", "layer2.0.conv1", "linear"])
     assert [o.applied for o in found] == [False] * 3
     assert all("fold batch norm first" in o.why for o in found[:2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("power", [-40, -30, -12, -8, -4, 0, 20, 37])
+def test_rows_of_any_size(power: int, dtype: torch.dtype) -> None:
+    """Squares of these do not fit float32, the weights do: w = v/(‖v‖ + ε) by the decimal module's 50 digits."""
+    largest = {torch.float64: 290}.get(dtype, 37)  # as near to the ends of its own range
+    linear = nn.Linear(4, 3, bias=False).to(dtype)
+    with torch.no_grad():
+        linear.weight.copy_(noise(3, 4) * float(f"1e{power * largest // 37}"))
+    rows = [[Decimal(v) for v in row] for row in linear.weight.double().tolist()]
+    with localcontext() as context:
+        context.prec = 50
+        lengths = [sum(v * v for v in row).sqrt() + Decimal("1e-8") for row in rows]
+        expected = torch.tensor(
+            [[float(v / n) for v in row] for row, n in zip(rows, lengths, strict=True)], dtype=torch.float64
+        )
+    layer = LAYERS["unit", nn.Linear].from_plain(linear)
+    bar = {torch.float64: 1e-15, torch.float32: 3e-7, torch.bfloat16: 2**-8}[dtype]
+    least = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps  # what the dtype itself can hold
+    for found in (layer.composed(), layer.fold().weight):
+        torch.testing.assert_close(found.double(), expected, rtol=bar, atol=least)
+    with torch.no_grad():
+        scale = layer.form.pushed_scale(layer.weight_v, layer.record().spec)
+    torch.testing.assert_close(
+        scale, torch.tensor([float(n) for n in lengths], dtype=torch.float64), rtol=1e-15, atol=0
+    )
+    (gradient,) = torch.autograd.grad(layer.composed().double().square().sum(), layer.weight_v)
+    assert gradient.isfinite().all()
+
+
+def test_the_gradient_of_the_direction() -> None:
+    """Through v/(‖v‖ + ε), by finite differences."""
+    layer = LAYERS["unit", nn.Linear].from_plain(randomized(nn.Linear(4, 3, bias=False)))
+    spec = layer.record().spec
+    for size in (1e-8, 1.0, 1e20):
+
+        def composed(v: Tensor, size: float = size) -> Tensor:
+            return layer.form.weight({"weight_v": v * size}, spec, torch.float64, False)
+
+        assert torch.autograd.gradcheck(composed, layer.weight_v.detach().requires_grad_())
 
 
 def test_frozen_layers_stay_frozen_and_are_named() -> None:

@@ -10,6 +10,9 @@ from reparam.checkpoint.layers import Layer, find_layers
 from reparam.checkpoint.reading import Checkpoint, open_checkpoint
 from reparam.errors import NonFiniteError
 
+#: by their name: torch's running statistics and counter, and the means of this library
+_BUFFERS = ("running_mean", "running_var", "num_batches_tracked", "running_input_mean")
+
 
 @dataclass(frozen=True)
 class Statistics:
@@ -47,9 +50,20 @@ class Inspection:
 
     @property
     def parameters(self) -> int:
-        """Elements of all tensors, each shared one counted once."""
-        infos = self.checkpoint.tensors
-        return sum(info.numel for key, info in infos.items() if key not in self.checkpoint.aliases)
+        """Elements of all parameters, each shared one counted once."""
+        return self._count(buffers=False)
+
+    @property
+    def buffers(self) -> int:
+        """Elements of what is not trained: running statistics and their counters, integers such as position ids."""
+        return self._count(buffers=True)
+
+    def _count(self, buffers: bool) -> int:
+        return sum(
+            info.numel
+            for key, info in self.checkpoint.tensors.items()
+            if key not in self.checkpoint.aliases and _is_buffer(key, info.dtype) == buffers
+        )
 
     def to_json(self) -> dict[str, Any]:
         checkpoint = self.checkpoint
@@ -58,6 +72,7 @@ class Inspection:
             "files": [file.name for file in checkpoint.files],
             "tensors": len(checkpoint.tensors),
             "parameters": self.parameters,
+            "buffers": self.buffers,
             "bytes": checkpoint.nbytes,
             "layers": [self._layer(layer) for layer in self.layers],
             "others": [
@@ -104,6 +119,11 @@ def inspect_checkpoint(path: Path | str, stats: bool = False) -> Inspection:
     contents = find_layers(checkpoint)
     statistics = {layer.key: _statistics(checkpoint, layer) for layer in contents.layers} if stats else {}
     return Inspection(checkpoint, contents.layers, contents.others, statistics)
+
+
+def _is_buffer(key: str, dtype: str) -> bool:
+    """Whether torch would hold a tensor as a buffer: it trains no integers, though quantized weights may be narrow ones."""
+    return key.rpartition(".")[2] in _BUFFERS or dtype in ("I64", "BOOL")
 
 
 def _statistics(checkpoint: Checkpoint, layer: Layer) -> Statistics:

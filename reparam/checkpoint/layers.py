@@ -97,12 +97,26 @@ def find_layers(checkpoint: Checkpoint, axes: Mapping[str, int] | None = None) -
         else:
             others[key] = reason
     others = {key: reason for key, reason in others.items() if key not in taken}
-    order = {key: i for i, key in enumerate(infos)}
-    layers.sort(key=lambda layer: order[layer.weight_key])
+    if _sorted_by_type(infos):
+        layers.sort(key=lambda layer: layer.key)
+    else:
+        order = {key: i for i, key in enumerate(infos)}
+        layers.sort(key=lambda layer: order[layer.weight_key])
     layers = _tied(layers, checkpoint.aliases, axes or {})
     kept = {key for layer in layers for key in layer.tensors.values()}
     others |= dict.fromkeys(sorted(taken - kept), "bias of a layer that is tied to one with other units")
     return Contents(tuple(layers), others)
+
+
+def _sorted_by_type(infos: Mapping[str, TensorInfo]) -> bool:
+    """Whether tensors stand as the safetensors library sorts them, by type and then by name.
+
+    float32 angles stand before bfloat16 weights then, and layers are where they were by their names alone.
+    """
+    of_type: dict[str, list[str]] = {}
+    for key, info in infos.items():
+        of_type.setdefault(info.dtype, []).append(key)
+    return all(keys == sorted(keys) for keys in of_type.values())
 
 
 def _unsuitable(key: str, info: TensorInfo) -> str | None:

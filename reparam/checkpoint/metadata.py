@@ -63,6 +63,8 @@ class LayerRecord:
             return "its scale stands after the activation"
         if self.mean is not None:
             return "its mean is normalized"
+        if self.gained_bias:
+            return "it has a bias that mean normalization gave it"
         if self.more_batch_norms:
             return f"the batch norms {', '.join(self.batch_norms)} are folded into it"
         return None if self.batch_norm is None else f"the batch norm {self.batch_norm} is folded into it"
@@ -138,9 +140,10 @@ def _record(value: dict[str, Any]) -> LayerRecord:
         theta_origin=value.get("theta_origin", "equator"),
     )
     batch_norm, mean, scale = value.get("batch_norm"), value.get("mean"), value.get("scale", "inside")
-    if value["kind"] not in PARAMETERIZATIONS or (value["kind"] == "sp" and batch_norm is None):
-        raise ValueError(f"kind {value['kind']!r}")
     momentum, gained = value.get("momentum", 0.01), value.get("gained_bias", False)
+    plain = value["kind"] == "sp"
+    if value["kind"] not in PARAMETERIZATIONS or (plain and batch_norm is None and gained is not True):
+        raise ValueError(f"kind {value['kind']!r}")
     if mean not in (None, "mn", "mbn") or (mean is not None and value["kind"] == "sp"):
         raise ValueError(f"mean {mean!r} of kind {value['kind']}")
     if scale not in ("inside", "outside") or (
@@ -149,8 +152,8 @@ def _record(value: dict[str, Any]) -> LayerRecord:
         raise ValueError(f"scale {scale!r} of kind {value['kind']} with bias {bias!r}")
     if type(momentum) not in (int, float) or not 0 <= momentum <= 1:
         raise ValueError(f"momentum {momentum!r}")
-    if type(gained) is not bool or (gained and (mean is None or bias is None)):
-        raise ValueError(f"gained_bias {gained!r} with mean {mean!r} and bias {bias!r}")
+    if type(gained) is not bool or (gained and bias is None) or (plain and bias != "bias"):
+        raise ValueError(f"gained_bias {gained!r} and bias {bias!r} of kind {value['kind']}")
     norms: list[Any] = batch_norm if isinstance(batch_norm, list) and len(batch_norm) > 1 else [batch_norm]
     named = all(isinstance(norm, str) and norm for norm in norms)
     if batch_norm is not None and not (named and len(set(norms)) == len(norms)):

@@ -13,10 +13,14 @@ from reparam.checkpoint.layers import Layer
 from reparam.checkpoint.units import matches
 from reparam.errors import SelectionError
 
-#: Usual names of output layers and embedding tables. Norms need no entry: their weights are one-dimensional.
-SKIPPED_BY_NAME = (
+#: Usual names of output layers.
+HEADS = (
     "lm_head", "*.lm_head", "head", "*.head", "classifier", "*.classifier", "score", "*.score", "embed_out",
-    "*embed*", "wte", "*.wte", "wpe", "*.wpe", "shared", "*relative_attention_bias*",
+    "*.embed_out",
+)  # fmt: skip
+#: And of embedding tables. Norms need no entry: their weights are one-dimensional.
+SKIPPED_BY_NAME = (
+    *HEADS, "*embed*", "wte", "*.wte", "wpe", "*.wpe", "shared", "*relative_attention_bias*",
 )  # fmt: skip
 
 
@@ -48,7 +52,8 @@ class Selection:
             for pattern in patterns:
                 if not any(_match(layer, (pattern,)) for layer in layers):
                     some = ", ".join(layer.name for layer in layers[:3])
-                    raise SelectionError(f"{option} {pattern}: matches no layer (there are {some}, …)")
+                    mend = f"; repeat {option} for each glob" if "," in pattern else ""
+                    raise SelectionError(f"{option} {pattern}: matches no layer (there are {some}, …){mend}")
 
 
 def _match(layer: Layer, patterns: Sequence[str]) -> str | None:

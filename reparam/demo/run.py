@@ -70,11 +70,11 @@ def run_demo(out: Path, echo: Callable[[str], None], *, force: bool = False) -> 
     show("finetune", converted, "--arch", ARCH, "--data", data, "--steps", steps, "-o", run_folder)
     run = pipeline.finetune(converted, ARCH, data, run_folder, Recipe(steps=STEPS), force=force)
     result = run.result
-    echo(f"  test accuracy {result.accuracy_before:.1%} -> {result.accuracy_after:.1%} in {STEPS} steps")
-    echo(f"  wrote {run.output} ({run.nbytes:,} bytes)")
+    echo(f"  test accuracy {result.before.value:.1%} -> {result.best.value:.1%} in {STEPS} steps")
+    echo(f"  wrote {run.best} ({run.best.stat().st_size:,} bytes)")
 
-    show("export", run.output, "--arch", ARCH, "--input", SPEC, "--onnx", onnx)
-    exported = pipeline.export_onnx(run.output, ARCH, [parse_spec(SPEC)], onnx, force=force)
+    show("export", run.best, "--arch", ARCH, "--input", SPEC, "--onnx", onnx)
+    exported = pipeline.export_onnx(run.best, ARCH, [parse_spec(SPEC)], onnx, force=force)
     for check in exported.report.checks:
         echo(f"  {check}")
     echo(f"  wrote {onnx} ({exported.nbytes:,} bytes)")

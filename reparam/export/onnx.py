@@ -98,9 +98,10 @@ def export_onnx_model(
         )
     if dtype is not None:
         model, specs = cast_model(model, dtype), cast_specs(specs, dtype)
-    _dry_run(model, example_inputs(specs))
+    output = _dry_run(model, example_inputs(specs))
     program = bare_export(model, specs, opset_for(dtype, opset))
     _require_dynamic(program, specs)
+    _name_outputs(program, output)
     _anonymize(program)
     found, unused = _map(program, model)
     said = {**(metadata or {}), KEY: found.weights.dump(), UNUSED: json.dumps(unused)}
@@ -123,6 +124,10 @@ def bare_export(model: nn.Module, specs: Sequence[InputSpec], opset: int | None 
     """
     dims = {axis: torch.export.Dim(axis, min=1) for spec in specs for axis in spec.dynamic}
     shapes = tuple({i: dims[a] for i, a in enumerate(spec.axes) if isinstance(a, str)} for spec in specs)
+    for recurrent in (torch.ops.aten.lstm.input, torch.ops.aten.gru.input):
+        # While it exports, torch has them loop over any length, but goes by which kernel it found the time before: that
+        # of another export, whose length is fixed.
+        recurrent._dispatch_cache.clear()
     with _quiet():
         try:
             program = torch.onnx.export(
@@ -167,13 +172,26 @@ def _used(program: ONNXProgram) -> set[str]:
     }
 
 
-def _dry_run(model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+def _dry_run(model: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
+    """What the model gives."""
     try:
         with torch.no_grad():
-            model(*inputs)
+            return model(*inputs)
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
         shapes = ", ".join(str(list(x.shape)) for x in inputs)
         raise ReparamError(f"--input: the model does not take {shapes}: {_root_cause(error)}") from error
+
+
+def _name_outputs(program: ONNXProgram, output: Any) -> None:
+    """Outputs that the model names bear its names; the exporter calls them after the operations that gave them."""
+    graph = program.model.graph
+    if not isinstance(output, Mapping) or not all(isinstance(value, Tensor) for value in output.values()):
+        return
+    inner = [value for node in graph.all_nodes() for value in node.outputs if value not in graph.outputs]
+    taken = {value.name for value in (*graph.inputs, *graph.initializers.values(), *inner)}
+    if len(set(graph.outputs)) == len(output) and taken.isdisjoint(map(str, output)):
+        for value, name in zip(graph.outputs, output, strict=True):
+            value.name = str(name)
 
 
 def _require_dynamic(program: ONNXProgram, specs: Sequence[InputSpec]) -> None:

@@ -12,6 +12,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from difflib import SequenceMatcher
 from functools import reduce
 from pathlib import Path
 from types import ModuleType
@@ -41,27 +42,46 @@ def load_architecture(ref: str, args: Mapping[str, str] | None = None) -> nn.Mod
     Raises:
         ArchitectureError: the reference leads nowhere, the callable raised, or returned no ``nn.Module``.
     """
+    model = call_reference(ref, "--arch", {key: _literal(value) for key, value in (args or {}).items()})
+    if not isinstance(model, nn.Module):
+        name = ref.rpartition(":")[2]
+        raise ArchitectureError(f"--arch {ref}: `{name}` returned a {type(model).__name__}, not an nn.Module")
+    return model
+
+
+def call_reference(ref: str, option: str, args: Mapping[str, object]) -> object:
+    """What the callable that ``ref`` names returns.
+
+    Args:
+        ref: as for :func:`load_architecture`.
+        option: that gave it, for messages.
+        args: keyword arguments of the callable.
+
+    Raises:
+        ArchitectureError: the reference leads nowhere, or the callable raised.
+    """
     place, colon, name = ref.rpartition(":")
     if not colon or not place or not name:
-        raise ArchitectureError(f"--arch {ref}: expected pkg.module:callable or path/to/file.py:callable")
+        raise ArchitectureError(f"{option} {ref}: expected pkg.module:callable or path/to/file.py:callable")
     is_file = place.endswith(".py")
     with _on_path(Path(place).resolve().parent if is_file else Path.cwd()):
-        module = _load_file(ref, Path(place)) if is_file else _load_module(ref, place)
+        module = (
+            _load_file(f"{option} {ref}", Path(place)) if is_file else _load_module(f"{option} {ref}", place)
+        )
         try:
             build = reduce(getattr, name.split("."), module)
         except AttributeError:
-            raise ArchitectureError(f"--arch {ref}: `{place}` has no `{name}`") from None
-        if not callable(build):
-            raise ArchitectureError(f"--arch {ref}: `{name}` is a {type(build).__name__}, not a callable")
-        try:
-            model = build(**{key: _literal(value) for key, value in (args or {}).items()})
-        except Exception as error:
             raise ArchitectureError(
-                f"--arch {ref}: `{name}` raised {told(error)} (--arch-arg gives it arguments)"
-            ) from error
-    if not isinstance(model, nn.Module):
-        raise ArchitectureError(f"--arch {ref}: `{name}` returned a {type(model).__name__}, not an nn.Module")
-    return model
+                f"{option} {ref}: `{place}` has no `{name}`{_others(module, name)}"
+            ) from None
+        if not callable(build):
+            raise ArchitectureError(f"{option} {ref}: `{name}` is a {type(build).__name__}, not a callable")
+        try:
+            returned: object = build(**args)
+        except Exception as error:
+            mend = " (--arch-arg gives it arguments)" if option == "--arch" else ""
+            raise ArchitectureError(f"{option} {ref}: `{name}` raised {told(error)}{mend}") from error
+    return returned
 
 
 def wrapper_prefix(keys: Iterable[str], own: Iterable[str]) -> str:
@@ -110,6 +130,10 @@ def load_into(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> No
         problems.append(f"missing from the file: {_patterns(missing)}")
     if unexpected:
         problems.append(f"unknown to the architecture: {_patterns(unexpected)}")
+        if any(key.endswith(("weight_g", ".original0")) for key in unexpected):
+            problems.append(
+                "it holds weight normalization where the architecture has none: `reparam convert` it --to sp first"
+            )
     shapes = [
         f"{key} is {list(tensors[key].shape)} in the file, {list(own[key].shape)} in the architecture"
         for key in own
@@ -154,9 +178,9 @@ def hold_as(model: nn.Module, tensors: Mapping[str, Tensor], records: Mapping[st
             value.data = value.data.to(dtype)
 
 
-def _load_file(ref: str, path: Path) -> ModuleType:
+def _load_file(what: str, path: Path) -> ModuleType:
     if not path.is_file():
-        raise ArchitectureError(f"--arch {ref}: no file `{path}`")
+        raise ArchitectureError(f"{what}: no file `{path}`")
     # A name of its own, so that a user's model.py never shadows a module of that name.
     name = f"_reparam_arch_{re.sub(r'[^0-9A-Za-z]', '_', str(path.resolve()))}"
     spec = importlib.util.spec_from_file_location(name, path)
@@ -169,17 +193,17 @@ def _load_file(ref: str, path: Path) -> ModuleType:
         spec.loader.exec_module(module)
     except Exception as error:
         del sys.modules[name]
-        raise ArchitectureError(f"--arch {ref}: `{path}` raised {told(error)}") from error
+        raise ArchitectureError(f"{what}: `{path}` raised {told(error)}") from error
     return module
 
 
-def _load_module(ref: str, name: str) -> ModuleType:
+def _load_module(what: str, name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except Exception as error:
         if isinstance(error, ModuleNotFoundError) and error.name and f"{name}.".startswith(f"{error.name}."):
-            raise ArchitectureError(f"--arch {ref}: no module `{error.name}`") from error
-        raise ArchitectureError(f"--arch {ref}: importing `{name}` raised {told(error)}") from error
+            raise ArchitectureError(f"{what}: no module `{error.name}`") from error
+        raise ArchitectureError(f"{what}: importing `{name}` raised {told(error)}") from error
 
 
 @contextmanager
@@ -198,6 +222,22 @@ def _literal(text: str) -> object:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
         return text
+
+
+def _others(module: ModuleType, name: str) -> str:
+    """What a module defines that can be called, the nearest to a name first, for a message."""
+    defined = [
+        key
+        for key, value in vars(module).items()
+        if callable(value) and not key.startswith("_") and getattr(value, "__module__", "") == module.__name__
+    ]
+    defined.sort(key=lambda key: -_alike(key.lower(), name.lower()) - _alike(key, name))
+    more = f" and {len(defined) - _LISTED} more" if len(defined) > _LISTED else ""
+    return f", but {', '.join(defined[:_LISTED])}{more}" if defined else ""
+
+
+def _alike(a: str, b: str) -> float:
+    return SequenceMatcher(None, a, b).ratio()
 
 
 def told(error: Exception) -> str:

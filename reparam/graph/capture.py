@@ -78,6 +78,10 @@ def capture(model: nn.Module) -> Capture:
             return Capture(model, None, why)
         branching = _branching(model, graphs[0])
     except Exception as error:  # whatever a user's forward raises when it is handed proxies
+        if type(model).__module__.partition(".")[0] == "transformers":
+            return Capture(
+                model, None, f"torch.fx cannot trace {name}, as is usual for models of transformers"
+            )
         lines = str(error).splitlines()
         why = lines[0] if lines else type(error).__name__
         return Capture(model, None, f"torch.fx cannot trace {name}: {why}")
@@ -131,7 +135,9 @@ class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True
 
     def __init__(self, settled: Mapping[str, Any]) -> None:
-        super().__init__()
+        # Given a size that is a proxy, it would look at the size's type before torch.fx hears of the call.
+        super().__init__(autowrap_functions=(torch.reshape,))
+        self._autowrap_search.append(torch)
         self.settled = settled
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
@@ -181,6 +187,10 @@ def _trace(model: nn.Module, training: bool, settled: Mapping[str, Any] = {}) ->
     try:
         with torch.enable_grad(), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
             graph = _Tracer(settled).trace(model)
+            for node in graph.find_nodes(op="call_function", target=torch.reshape):
+                node.meta.pop(
+                    "is_wrapped", None
+                )  # generated code would register it by a name it does not have
     finally:
         stored = [module for module, attributes in before.items() if _restore(module, attributes)]
         for module, mode in modes.items():

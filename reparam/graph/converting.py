@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from torch import fx, nn
 
-from reparam.checkpoint.selection import SKIPPED_BY_NAME
+from reparam.checkpoint.selection import HEADS
 from reparam.errors import SelectionError
 from reparam.graph.capture import Capture, capture
 from reparam.graph.exchange import replace_modules
@@ -55,7 +55,7 @@ def convert(
         model: not changed.
         to: "gmp", "wn", "unit" or "sp".
         include, exclude: globs over layer names; by default all layers but the output layer, where torch.fx can trace
-            the model, and all but usual names of heads and embeddings where it cannot.
+            the model, and all but usual names of heads where it cannot.
         select: takes the name and the module of a layer, and says whether it is converted; instead of the default.
         fold_bn: fold batch norms into the layers before them first.
         mean_norm: normalize means: "mn" of each input channel, "mbn" of each unit's pre-activation; True for "mn" with
@@ -100,7 +100,7 @@ def convert(
         copied, placed = place_scales(copied, converted)
         outcomes += placed
     if kind is not None:
-        outcomes += insert_means(copied, kind, converted, momentum)
+        outcomes += insert_means(copied, kind, converted, momentum, calibrated=calibrate is not None)
     if calibrate is not None:
         outcomes += calibrate_means(copied, calibrate)
     return copied
@@ -148,7 +148,13 @@ def _choose(
     outputs = output_layers(captured)
     if captured.untraceable is not None and select is None and not include:
         outcomes.append(
-            Outcome("graph", "", False, f"{captured.untraceable}: layers are chosen by their names")
+            Outcome(
+                "graph",
+                "",
+                False,
+                f"{captured.untraceable}: rules that need the graph are not possible, layers are converted one by one "
+                "and chosen by their names",
+            )
         )
     chosen = []
     for name, module in layers.items():
@@ -186,7 +192,8 @@ def _against(
         return "output layer" if module in outputs else None
     if callable(head := getattr(captured.model, "get_output_embeddings", None)) and head() is module:
         return "output layer, says the model"
-    glob = next((glob for glob in SKIPPED_BY_NAME if fnmatchcase(name, glob)), None)
+    # Tables of embeddings are modules of their own, so what is named like one is a layer: a convolution that cuts patches.
+    glob = next((glob for glob in HEADS if fnmatchcase(name, glob)), None)
     return None if glob is None else f"name is on the default list ({glob})"
 
 
@@ -195,7 +202,8 @@ def _unmatched(model: nn.Module, to: str, glob: str, layers: Sequence[str]) -> s
     for name, module in model.named_modules():
         if fnmatchcase(name, glob) and any(isinstance(module, plain) for plain in KINDS):
             return f"`{name}`: {swap.unfit(module, to)}"
-    return f"matches no layer (there are {', '.join(layers[:3])}, …)"
+    mend = "; give each glob by itself" if "," in glob else ""
+    return f"matches no layer (there are {', '.join(layers[:3])}, …){mend}"
 
 
 def output_layers(captured: Capture) -> set[nn.Module]:

@@ -10,21 +10,22 @@ stays: one multiplication, the only trace a fold leaves.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
 
-import torch
-from torch import Tensor, fx, nn
+from torch import nn
 
 from reparam.checkpoint.dialects import WEIGHT_ROLES
 from reparam.errors import ReparamError
 from reparam.graph.capture import Capture, capture
-from reparam.graph.columns import scale_columns
 from reparam.graph.exchange import replace_modules
+from reparam.graph.inplace import become
 from reparam.graph.outcome import Outcome
 from reparam.graph.rewritten import Rewritten
-from reparam.graph.walk import HOMOGENEOUS, LINEAR, linear_consumers
+from reparam.graph.signs import Scale, find_scale, misplaced, scaled_layer, settle
+from reparam.graph.signs import sign_key as sign_key
 from reparam.layers import Reparameterized
 from reparam.layers.geometric import scale_units
+from reparam.layers.kinds import class_name
 
 RULE = "fold"
 
@@ -37,19 +38,28 @@ def fold(model: nn.Module, report: list[Outcome] | None = None) -> nn.Module:
     signs then stay in a buffer ``<layer>_sign`` of the model ("_" for "."), and so does their multiplication.
 
     Args:
-        model: not changed. In evaluation mode the result computes what it computes.
+        model: not changed. In evaluation mode the result computes what it computes. It may be, or have among its modules,
+            what ``convert`` returned: signs then go no further than that module.
         report: gains one outcome a layer.
 
     Raises:
-        ReparamError: a layer's scale stands outside of it, and not where this library places scales.
+        ReparamError: a layer's scale stands outside of it, and not where this library places scales; or such a layer is
+            used from outside of the module that was converted.
     """
     layers = {name: m for name, m in model.named_modules() if isinstance(m, Reparameterized)}
-    captured = capture(model) if any(layer.scale_outside for layer in layers.values()) else None
-    scales = {
-        layer: _find(captured, name, layer)
-        for name, layer in layers.items()
-        if captured and layer.scale_outside
-    }
+    scales: dict[nn.Module, Scale] = {}
+    parts: dict[str, tuple[Capture, list[Scale]]] = {}
+    if any(layer.scale_outside for layer in layers.values()):
+        parts = _parts(model)
+        for name, layer in layers.items():
+            if layer.scale_outside:
+                part = next((p for p, (c, _) in parts.items() if layer in set(c.model.modules())), None)
+                if part is None:
+                    raise misplaced(name)
+                scales[layer] = find_scale(parts[part][0], name, layer)
+                parts[part][1].append(scales[layer])
+        if not isinstance(model, Rewritten):
+            _refuse_use_from_outside(model, scales, parts)
 
     first: dict[tuple[object, ...], nn.Parameter] = {}
 
@@ -63,13 +73,18 @@ def fold(model: nn.Module, report: list[Outcome] | None = None) -> nn.Module:
 
     copy = replace_modules(model, folded)
     settled: dict[str, str] = {}
-    if scales:
-        assert captured is not None
-        assert isinstance(copy, Rewritten)
-        # Names are the same in the copy: the graph is one of it as well.
-        copy, settled = _settle(Capture(copy, captured.graph), list(scales.values()))
+    for part, (captured, own) in parts.items():
+        if own:
+            held = copy.get_submodule(part)
+            # Names are the same in the copy: the graph is one of it as well.
+            done, told = settle(Capture(held, captured.graph), own, _parameters_outside(copy, held))
+            settled |= told
+            if part:
+                become(held, done)
+            else:
+                copy = done
     for name, layer in layers.items():
-        why = settled.get(name, f"{type(layer).__name__} folded into {layer.plain_class.__name__}")
+        why = settled.get(name, f"{class_name(type(layer))} folded into {class_name(layer.plain_class)}")
         if report is not None:
             report.append(Outcome(RULE, name, True, why))
     return copy
@@ -88,132 +103,43 @@ def _tie(
         plain._init_flat_weights()
 
 
-@dataclass(frozen=True)
-class _Scale:
-    """A scale that stands after the activation.
-
-    Attributes:
-        layer: name of its layer.
-        r: shape (units,).
-        dtype: of the layer's weight.
-        node: its multiplication.
-        channel: the axis of the units there, from the end.
-    """
-
-    layer: str
-    r: Tensor
-    dtype: torch.dtype
-    node: fx.Node
-    channel: int
-
-    @property
-    def sign(self) -> Tensor:
-        """±1, shape (units,)."""
-        return torch.where(self.r < 0, -1.0, 1.0).to(self.dtype)
+def _parts(model: nn.Module) -> dict[str, tuple[Capture, list[Scale]]]:
+    """The modules whose forward pass was rewritten, by name: the model itself or some of its modules."""
+    return {
+        name: (capture(module), []) for name, module in model.named_modules() if isinstance(module, Rewritten)
+    }
 
 
-def _find(captured: Capture, name: str, layer: Reparameterized) -> _Scale:
-    nodes = [n for n in captured.nodes() if n.target is scale_units and _scaled(captured, n) is layer]
-    if not isinstance(captured.model, Rewritten) or len(nodes) != 1:
-        raise ReparamError(
-            f"`{name}`: its scale stands outside of the layer, but not where this library placed it: fold the model "
-            "that `convert` returned by itself, before it becomes part of another"
-        )
-    r = layer.tensors()["r"].detach()
-    return _Scale(name, r, layer.held["weight"].dtype, nodes[0], layer.kind.channel)
+def _refuse_use_from_outside(
+    model: nn.Module,
+    scales: Mapping[nn.Module, Scale],
+    parts: Mapping[str, tuple[Capture, list[Scale]]],
+) -> None:
+    """Raise if the model's own graph, where there is one, shows layers or tensors of a part used apart from its call."""
+    captured = capture(model)
+    for layer, scale in scales.items():
+        scaled = [
+            n for n in captured.nodes() if n.target is scale_units and scaled_layer(captured, n) is layer
+        ]
+        if len(scaled) != len(captured.calls(layer)):
+            raise misplaced(scale.name)
+    for part, (of_part, own) in parts.items():
+        read = {f"{part}.{node.target}" for node in of_part.nodes() if node.op == "get_attr"}
+        for node in captured.nodes():
+            key = str(node.target)
+            if own and node.op == "get_attr" and key.startswith(f"{part}.") and key not in read:
+                raise ReparamError(
+                    f"`{key}` is read outside of `{part}`, whose layers it would be folded with: fold `{part}` before it "
+                    "becomes part of another model"
+                )
 
 
-def _scaled(captured: Capture, node: fx.Node) -> nn.Module | None:
-    """The layer whose r a multiplication takes, None if it is no layer's before it.
-
-    By where its input comes from: layers with one weight have one r, which the graph shows under one name.
-    """
-    attribute = str(_attribute(node).target)
-    before: fx.Node | None = _data(node)
-    while before is not None:
-        module = captured.module(before)
-        if isinstance(module, Reparameterized):
-            parameters = dict(captured.model.named_parameters(remove_duplicate=False))
-            taken = module.scale_outside and parameters.get(attribute) is module.tensors()["r"]
-            return module if taken else None
-        operation = before.target if module is None else type(module)
-        before = _data(before) if operation in LINEAR or operation in HOMOGENEOUS else None
-    return None
-
-
-def _settle(captured: Capture, scales: list[_Scale]) -> tuple[nn.Module, dict[str, str]]:
-    """What a folded copy, whose layers hold |r|, still needs: every sign finds its place, in place.
-
-    Returns:
-        The model, in its own class if no sign remains; and by layer, what was done.
-    """
-    model, graph = captured.model, captured.graph
-    assert isinstance(model, Rewritten)
-    assert graph is not None
-    settled = {}
-    buffers = {}
-    for scale in scales:
-        if (scale.r < 0).any():
-            buffers[scale.layer] = _hold_sign(model, scale)
-        else:
-            _erase(scale.node)
-            settled[scale.layer] = "r folded into the layer"
-    # Only now no tensor of a layer is read outside of its call.
-    for scale in scales:
-        if scale.layer not in buffers:
-            continue
-        units, negative = len(scale.r), int((scale.r < 0).sum())
-        consumers = linear_consumers(captured, scale.node, units, scale.channel, "signs")
-        if isinstance(consumers, str):
-            settled[scale.layer] = (
-                f"{negative} of {units} r negative: one multiplication remains, {consumers}"
-            )
-            continue
-        for consumer in consumers:
-            scale_columns(consumer.module, scale.sign, consumer.repeat)
-        _erase(scale.node)
-        del model._buffers[buffers[scale.layer]]
-        into = ", ".join(f"`{consumer.node.target}`" for consumer in consumers)
-        settled[scale.layer] = f"{negative} of {units} r negative: their signs pushed into {into}"
-    remains = any(node.target is scale_units for node in graph.nodes)
-    return Rewritten.of(model, graph) if remains else model.restore(), settled
-
-
-def _hold_sign(model: nn.Module, scale: _Scale) -> str:
-    """Multiply by a buffer of signs where r was: its name."""
-    name = f"{scale.layer.replace('.', '_')}_sign"
-    while hasattr(model, name):
-        name += "_"
-    model.register_buffer(name, scale.sign)
-    r = _attribute(scale.node)
-    with scale.node.graph.inserting_before(scale.node):
-        scale.node.replace_input_with(r, scale.node.graph.create_node("get_attr", name))
-    _erase_unused(r)
-    return name
-
-
-def _erase(node: fx.Node) -> None:
-    """Take a multiplication by a scale out of the graph."""
-    data, attribute = node.args[0], _attribute(node)
-    assert isinstance(data, fx.Node)
-    node.replace_all_uses_with(data)
-    node.graph.erase_node(node)
-    _erase_unused(attribute)
-
-
-def _erase_unused(attribute: fx.Node) -> None:
-    """Tied layers share their r's node too."""
-    if not attribute.users:
-        attribute.graph.erase_node(attribute)
-
-
-def _data(node: fx.Node) -> fx.Node | None:
-    """What an operation works on, None where that is no result of another."""
-    data = node.args[0] if node.args else node.kwargs.get("input")
-    return data if isinstance(data, fx.Node) else None
-
-
-def _attribute(node: fx.Node) -> fx.Node:
-    """The tensor a multiplication by a scale takes, as a node."""
-    assert isinstance(node.args[1], fx.Node)
-    return node.args[1]
+def _parameters_outside(model: nn.Module, part: nn.Module) -> set[int]:
+    """The parameters that modules outside of a part hold."""
+    inside = set(part.modules())
+    return {
+        id(parameter)
+        for module in model.modules()
+        if module not in inside
+        for parameter in module.parameters(recurse=False)
+    }

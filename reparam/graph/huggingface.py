@@ -58,6 +58,11 @@ def load_huggingface(folder: Path, config: Mapping[str, Any]) -> nn.Module:
     except Exception as error:  # whatever transformers meets in a config
         raise ArchitectureError(f"{where}: {names[0]} cannot be built: {told(error)}") from error
     assert isinstance(model, nn.Module)
+    for module in model.modules():
+        settings = getattr(module, "config", None)
+        # What a decoder keeps for its next token is none of its outputs here.
+        if settings is not None and getattr(settings, "use_cache", False):
+            settings.use_cache = False
     model.tie_weights()
     return model
 

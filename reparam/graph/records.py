@@ -24,6 +24,7 @@ from reparam.graph.rules.batch_norm import FoldedBatchNorm
 from reparam.graph.rules.mean_norm import insert_means
 from reparam.graph.rules.scale import place_scales
 from reparam.graph.rules.swap import share
+from reparam.graph.walk import require_batches
 from reparam.layers import Reparameterized, layer_class
 from reparam.layers.geometric import scale_units
 from reparam.layers.kinds import KINDS, weight_names
@@ -50,9 +51,14 @@ def records_of(model: nn.Module) -> dict[str, LayerRecord]:
         if isinstance(module, Reparameterized):
             for parameter, record in module.records().items():
                 records[dialects.join(name, parameter)] = _with_norms(record, norms.get(name, ()))
-        elif name in norms:
-            records[dialects.join(name, "weight")] = _with_norms(_plain_record(module), norms[name])
+        elif name in norms or gained_bias(module):
+            records[dialects.join(name, "weight")] = _with_norms(_plain_record(module), norms.get(name, ()))
     return records
+
+
+def gained_bias(module: nn.Module) -> bool:
+    """Whether mean normalization gave a layer, folded or not, a bias that the user's class does not have."""
+    return bool(module.__dict__.get("gained_bias", False))
 
 
 def _holds_signs(model: Rewritten) -> bool:
@@ -128,20 +134,26 @@ def apply_records(model: nn.Module, records: Mapping[str, LayerRecord]) -> nn.Mo
             share(made[weights], layer)
         return layer
 
-    plain = _without_batch_norms(model, records)
+    plain = _prepared(model, records)
     if plain is not model:  # the modules are others, their places are the same
-        return apply_records(plain, {key: _with_norms(record, ()) for key, record in records.items()})
+        bare = {key: replace(_with_norms(record, ()), gained_bias=False) for key, record in records.items()}
+        return apply_records(plain, bare)
     return _rewritten(replace_modules(model, replacement), records)
 
 
-def _without_batch_norms(model: nn.Module, records: Mapping[str, LayerRecord]) -> nn.Module:
-    """A copy in which the batch norms that were folded are gone and their layers have a bias; or ``model`` itself."""
+def _prepared(model: nn.Module, records: Mapping[str, LayerRecord]) -> nn.Module:
+    """A copy without the batch norms that were folded, whose layers have the biases they gained; or ``model`` itself."""
     folded = {norm: dialects.split(key)[0] for key, record in records.items() for norm in record.batch_norms}
-    if not folded:
+    gained = {dialects.split(key)[0] for key, record in records.items() if record.gained_bias}
+    if not folded and not gained:
         return model
     copy = replace_modules(model, lambda module: None)
-    for norm, name in folded.items():
+    for name in gained:
         layer = copy.get_submodule(name)
+        if layer._parameters.get("bias") is None:
+            _give_bias(layer)
+            layer.gained_bias = True  # type: ignore[assignment]
+    for norm, name in folded.items():
         try:
             module = copy.get_submodule(norm)
         except AttributeError:
@@ -149,16 +161,24 @@ def _without_batch_norms(model: nn.Module, records: Mapping[str, LayerRecord]) -
                 f"the file has the batch norm `{norm}` folded into `{name}`, {type(model).__name__} has no `{norm}`"
             ) from None
         become(module, FoldedBatchNorm(name).train(module.training))
-        weight = layer._parameters.get("weight")
-        if weight is not None and layer._parameters.get("bias") is None:
-            units = KINDS[type(layer)].unit(layer).units(tuple(weight.shape)) if type(layer) in KINDS else 0
-            layer.register_parameter("bias", nn.Parameter(torch.zeros(units, dtype=weight.dtype)))
+        _give_bias(copy.get_submodule(name))
     return copy
+
+
+def _give_bias(layer: nn.Module) -> None:
+    """A bias of zeros, if the layer has none."""
+    weight = layer._parameters.get("weight")
+    if weight is None or layer._parameters.get("bias") is not None:
+        return
+    units = KINDS[type(layer)].unit(layer).units(tuple(weight.shape)) if type(layer) in KINDS else 0
+    layer._parameters["bias"] = nn.Parameter(weight.new_zeros(units), requires_grad=weight.requires_grad)
 
 
 def _rewritten(model: nn.Module, records: Mapping[str, LayerRecord]) -> nn.Module:
     """Scales placed and means normalized as the records say."""
     outcomes: list[Outcome] = []
+    if any(record.kind == "unit" for record in records.values()):
+        require_batches(capture(model))
     scaled = {dialects.split(key)[0] for key, record in records.items() if record.scale_outside}
     if scaled:
         model, outcomes = place_scales(model, scaled)
@@ -190,4 +210,4 @@ def _plain_record(module: nn.Module) -> LayerRecord:
         code_of(bias.dtype),
         "F64" if weight.dtype == torch.float64 else "F32",
     )
-    return LayerRecord("sp", spec, "bias")
+    return LayerRecord("sp", spec, "bias", gained_bias=gained_bias(module))

@@ -5,7 +5,8 @@ The angles of a long row are small but for the last ones (t_i ~ 1/√(n − i)).
     sin t = t·Σ_k (−t²)^k/(2k+1)!  (7 terms)        cos t = Σ_k (−t²)^k/(2k)!  (8 terms)
 
 end below 2⁻⁵⁴ of the value, and whole matrices of them cost less than the library's functions, which reduce and branch.
-Which of the two computes an angle depends on its own row alone, so that a row comes out the same in any chunk.
+Which of the two computes an angle depends on the angle and its place in the row alone, so that a row comes out the same
+in any chunk.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ _SMALL = 0.5
 # The last angles of a row belong to short suffixes: not small, and the last goes over the full circle.
 _LAST = 128
 # Rows shorter than this are not worth two ways.
-_LONG = 512
+_LONG = 1024
 _SINE = [(-1) ** k / math.factorial(2 * k + 1) for k in range(7)]
 _COSINE = [(-1) ** k / math.factorial(2 * k) for k in range(8)]
 
@@ -39,16 +40,17 @@ def sine_cosine(angle: Tensor, sine: Tensor, cosine: Tensor, work: Tensor) -> No
         return
     head, last = slice(0, columns - _LAST), slice(columns - _LAST, columns)
     small, square = angle[:, head], work[:, head]
-    large = (torch.abs(small, out=square).amax(dim=1) > _SMALL).nonzero()[:, 0]
-    exact = angle[large][:, head] if len(large) else None
+    torch.abs(small, out=square)
+    large = (square > _SMALL).nonzero(as_tuple=True) if float(square.amax()) > _SMALL else None
+    exact = small[large] if large is not None else None
     torch.sin(angle[:, last], out=sine[:, last])
     torch.cos(angle[:, last], out=cosine[:, last])
     torch.mul(small, small, out=square)
     _series(square, _SINE, sine[:, head]).mul_(small)
     _series(square, _COSINE, cosine[:, head])
     if exact is not None:
-        sine[large, head] = exact.sin()
-        cosine[large, head] = exact.cos()
+        sine[large] = exact.sin()
+        cosine[large] = exact.cos()
 
 
 def _series(x: Tensor, coefficients: list[float], out: Tensor) -> Tensor:

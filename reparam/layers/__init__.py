@@ -10,7 +10,12 @@ from torch import nn
 from reparam.layers.base import Reparameterized
 from reparam.layers.calibration import calibrate
 from reparam.layers.geometric import GeometricMixin
-from reparam.layers.initialization import initialize_from_data, initialize_paper
+from reparam.layers.initialization import (
+    init_model,
+    initialize_from_data,
+    initialize_glorot,
+    initialize_paper,
+)
 from reparam.layers.table import FORMS, LAYERS, layer_class
 
 __all__ = [
@@ -21,7 +26,9 @@ __all__ = [
     "GmPLinear",
     "Reparameterized",
     "calibrate",
+    "init_model",
     "initialize_from_data",
+    "initialize_glorot",
     "initialize_paper",
     "layer_class",
 ]

@@ -17,6 +17,7 @@ from reparam.layers.mean_norm import (
     BUFFERS,
     MeanNorm,
     evaluation_bias,
+    input_first,
     input_weights,
     insert_mean,
     normalized_forward,
@@ -58,7 +59,10 @@ class Reparameterized(WideModule):
         scale_outside: the weight is that of unit rows and the bias λ: whoever placed the scale multiplies by ``r``
             after the activation.
         mean: its mean normalization, None without.
-        gained_bias: mean normalization gave it a bias the plain layer did not have.
+        gained_bias: mean normalization gave it a bias the user's plain layer did not have; folded, the plain layer has
+            this attribute too.
+        batched_only: one sample without a batch is refused: its scale is moved on through a flattening that takes axis 0
+            for samples.
     """
 
     plain_class: ClassVar[type[nn.Module]]
@@ -69,6 +73,7 @@ class Reparameterized(WideModule):
     scale_outside: bool
     mean: MeanNorm | None
     gained_bias: bool
+    batched_only: bool = False
 
     @classmethod
     def from_plain(cls, module: nn.Module, *, scale_outside: bool = False) -> Self:
@@ -105,7 +110,8 @@ class Reparameterized(WideModule):
 
     def records(self) -> dict[str, LayerRecord]:
         """What a file says about this layer, by parameter."""
-        normalized = input_weights(self) if self.mean is not None else []
+        inputs = input_weights(self)
+        normalized = inputs if self.mean is not None else []
         return {
             name: LayerRecord(
                 self.form.name,
@@ -114,7 +120,7 @@ class Reparameterized(WideModule):
                 self.scale_outside,
                 self.mean.kind if self.mean is not None and name in normalized else None,
                 self.mean.momentum if self.mean is not None and name in normalized else 0.01,
-                self.gained_bias and name in normalized,
+                self.gained_bias and name in inputs,
             )
             for name, held in self.held.items()
         }
@@ -164,10 +170,24 @@ class Reparameterized(WideModule):
         return super().__getattr__(name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The plain class's, with the mean normalization if there is one."""
+        """The plain class's, with the mean normalization if there is one.
+
+        Raises:
+            ReparamError: one sample without a batch, and the layer is ``batched_only``.
+        """
+        if self.batched_only:
+            self._require_batch(*args, **kwargs)
         if self.mean is None:
             return super().forward(*args, **kwargs)
         return normalized_forward(self, super().forward, *args, **kwargs)
+
+    def _require_batch(self, *args: Any, **kwargs: Any) -> None:
+        x: Tensor = input_first(self, args, kwargs)[0][0]
+        if x.dim() < 2 + self.kind.spatial:
+            raise ReparamError(
+                f"{self.plain_class.__name__} was given one sample {list(x.shape)}: its scale is moved on through a "
+                "flattening that takes axis 0 for samples: give it a batch, x[None]"
+            )
 
     def leave_scale_out(self) -> None:
         """Take the scale out of weight and bias: see ``scale_outside``.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
 _Layer = TypeVar("_Layer", bound="Reparameterized")
 
 #: what a reparameterized layer has beside its plain class's attributes
-_STATE = ("held", "plain_names", "scale_outside", "mean", "gained_bias")
+_STATE = ("held", "plain_names", "scale_outside", "mean", "gained_bias", "batched_only")
 
 
 def build_from_plain(cls: type[_Layer], module: nn.Module) -> _Layer:
@@ -60,8 +59,6 @@ def build_from_records(cls: type[_Layer], module: nn.Module, records: Mapping[st
     made = {}
     for name, record in records.items():
         weight, bias = _plain(module, name)
-        if record.gained_bias:
-            record = replace(record, spec=replace(record.spec, bias_shape=None, bias_dtype=None), bias=None)
         _check(cls, record, weight, bias, cls.kind.unit(module))
         specs = cls.form.tensors(record.spec, record.bias)
         made[name] = (
@@ -103,6 +100,8 @@ def fold_layer(layer: Reparameterized, scale: Tensor | None) -> nn.Module:
         plain._parameters[name] = values[name] if name in values else _copy(layer._parameters.get(name))
     if isinstance(plain, nn.RNNBase):
         plain._init_flat_weights()
+    if layer.gained_bias:  # the user's class does not have it: files say so
+        plain.gained_bias = True  # type: ignore[assignment]
     return plain
 
 
@@ -112,7 +111,8 @@ def _build(
     layer = _sibling(cls, module, drop=("_flat_weights",))
     layer._modules = {name: copy.deepcopy(child) for name, child in module._modules.items()}
     layer.plain_names = tuple(module._parameters)
-    layer.held, layer.scale_outside, layer.mean, layer.gained_bias = {}, False, None, False
+    layer.held, layer.scale_outside, layer.mean = {}, False, None
+    layer.gained_bias = bool(module.__dict__.get("gained_bias", False))
     if isinstance(module, nn.RNNBase):
         layer.__dict__["_flat_weight_refs"] = []
     for name, (spec, tensors) in made.items():

@@ -68,7 +68,8 @@ def _turned(module: Any) -> UnitAxis:
 _LINEAR = Kind(affine=_linear, autocasts=True)
 _ATTENTION_IN = Kind(no_mn=_THREE_INPUTS, no_mbn=_THREE_INPUTS)
 _RNN = Kind(no_mbn=_RECURRENT)
-#: transformers.pytorch_utils.Conv1D, a linear layer whose weight is (in, out)
+HF_CONV1D_CLASS = ("transformers.pytorch_utils", "Conv1D")
+#: a linear layer whose weight is (in, out)
 HF_CONV1D = replace(_LINEAR, unit=lambda module: UnitAxis(1), affine=_conv1d)
 
 
@@ -98,6 +99,25 @@ KINDS: dict[type[nn.Module], Kind] = {
     nn.GRUCell: _RNN,
     nn.MultiheadAttention: _ATTENTION_IN,
 }
+
+
+def kind_of(module: nn.Module) -> Kind | None:
+    """What is known of a layer by the class it is of, or derives from; None for a module that is no such layer.
+
+    transformers' ``Conv1D`` is known by its name: transformers itself is not imported.
+    """
+    for cls in type(module).__mro__:
+        if cls in KINDS:
+            return KINDS[cls]
+        if (cls.__module__, cls.__name__) == HF_CONV1D_CLASS:
+            return HF_CONV1D
+    return None
+
+
+def class_name(cls: type[nn.Module]) -> str:
+    """A class for a message: torch's name of an attention's output projection says nothing of what it is."""
+    name = NonDynamicallyQuantizableLinear.__name__
+    return cls.__name__.replace(name, "Linear (the attention's output projection)")
 
 
 def weight_names(module: nn.Module) -> tuple[str, ...]:

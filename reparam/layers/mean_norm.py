@@ -20,6 +20,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from reparam.dtypes import code_of
 from reparam.errors import ReparamError
+from reparam.layers.batch_mean import batch_mean
 
 if TYPE_CHECKING:
     from reparam.layers.base import Reparameterized
@@ -32,8 +33,8 @@ BUFFERS = {"mn": "running_input_mean", "mbn": "running_mean"}
 class MeanNorm:
     """One mean normalization.
 
-    While training the mean of the mini-batch, over batch and space, is subtracted, with gradient through it, and a
-    running mean follows it; in evaluation mode the running mean takes its place.
+    While training the mean of the mini-batch, over batch, space and the processes it is spread over, is subtracted,
+    with gradient through it, and a running mean follows it; in evaluation mode the running mean takes its place.
 
     Attributes:
         kind: "mn" subtracts the mean of every input channel, "mbn" that of every unit's pre-activation.
@@ -82,7 +83,7 @@ def normalized_forward(layer: Reparameterized, plain: Callable[..., Any], *args:
             return out  # with the running mean in its bias
         bias = layer.composed_bias()
         assert bias is not None
-        shift = _mean(out, axis) - bias
+        shift = batch_mean(out, axis) - bias
         _follow(layer, mean, shift)
         return out - shift.to(out.dtype).reshape(-1, *(1,) * layer.kind.spatial)
     if affine is None:
@@ -90,12 +91,12 @@ def normalized_forward(layer: Reparameterized, plain: Callable[..., Any], *args:
             return plain(x, *args, **kwargs)
         # No padding: subtracting from the input is the same change of bias.
         data = x.data if isinstance(x, PackedSequence) else x
-        batch = _mean(data, axis)
+        batch = batch_mean(data, axis)
         _follow(layer, mean, batch)
         data = data - batch.to(data.dtype)
         return plain(x._replace(data=data) if isinstance(x, PackedSequence) else data, *args, **kwargs)
     if layer.training:
-        batch = _mean(x, axis)
+        batch = batch_mean(x, axis)
         _follow(layer, mean, batch)
     else:
         batch = running_mean(layer)
@@ -216,13 +217,6 @@ def _project(layer: Reparameterized, weight: Tensor, mean: Tensor) -> Tensor:
     summed = weight.flatten(2).sum(2) if weight.dim() > 2 else weight
     blocks = summed.reshape(groups, -1, summed.shape[1])
     return (blocks @ mean.reshape(groups, -1, 1)).reshape(-1)
-
-
-def _mean(x: Tensor, channel: int) -> Tensor:
-    """Mean over all axes but the channel's, in float32 or above."""
-    axes = [axis for axis in range(x.dim()) if axis != channel % x.dim()]
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return wide.mean(dim=axes) if axes else wide
 
 
 def _follow(layer: Reparameterized, mean: MeanNorm, batch: Tensor) -> None:

@@ -10,7 +10,10 @@ from reparam.layers.part import GeometricPart
 
 
 class RecurrentMixin(Reparameterized):
-    """RNN, LSTM and GRU: ``_flat_weights`` is what their forward pass hands to torch's kernels."""
+    """RNN, LSTM and GRU: ``_flat_weights`` is what their forward pass hands to torch's kernels.
+
+    ``torch.compile`` breaks its graph at them, and refuses ``fullgraph=True``, as it does with torch's own.
+    """
 
     input_size: int
     _flat_weights_names: list[str]

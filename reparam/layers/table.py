@@ -10,14 +10,13 @@ from torch import nn
 from reparam.layers.base import Reparameterized
 from reparam.layers.form import Form
 from reparam.layers.geometric import GeometricForm, GeometricMixin
-from reparam.layers.kinds import HF_CONV1D, KINDS, Kind
+from reparam.layers.kinds import HF_CONV1D, HF_CONV1D_CLASS, KINDS, Kind
 from reparam.layers.recurrent import RECURRENT, RecurrentMixin
 from reparam.layers.unit_norm import UnitNormForm
 from reparam.layers.weight_norm import WeightNormForm
 
 FORMS: dict[str, Form] = {form.name: form for form in (GeometricForm(), WeightNormForm(), UnitNormForm())}
 
-_HF_CONV1D = ("transformers.pytorch_utils", "Conv1D")
 _SEVERAL = (*RECURRENT, nn.RNNCell, nn.LSTMCell, nn.GRUCell, nn.MultiheadAttention)
 
 
@@ -52,7 +51,11 @@ def layer_class(form: str, plain: type[nn.Module]) -> type[Reparameterized] | No
 
     transformers' ``Conv1D`` is known by its name: transformers itself is not imported.
     """
-    if (plain.__module__, plain.__name__) == _HF_CONV1D and (form, plain) not in LAYERS and form in FORMS:
+    if (
+        (plain.__module__, plain.__name__) == HF_CONV1D_CLASS
+        and (form, plain) not in LAYERS
+        and form in FORMS
+    ):
         made = _make(FORMS[form], plain, HF_CONV1D)
         LAYERS[form, plain] = made
         setattr(sys.modules[__name__], made.__name__, made)
@@ -62,8 +65,8 @@ def layer_class(form: str, plain: type[nn.Module]) -> type[Reparameterized] | No
 def __getattr__(name: str) -> Any:
     """The layer of transformers' ``Conv1D``, where a pickle asks for it before any was made."""
     for form in FORMS.values():
-        if name == form.prefix + _HF_CONV1D[1]:
+        if name == form.prefix + HF_CONV1D_CLASS[1]:
             from importlib import import_module
 
-            return layer_class(form.name, getattr(import_module(_HF_CONV1D[0]), _HF_CONV1D[1]))
+            return layer_class(form.name, getattr(import_module(HF_CONV1D_CLASS[0]), HF_CONV1D_CLASS[1]))
     raise AttributeError(f"module {__name__} has no attribute {name}")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from reparam.dtypes import torch_dtype
+from reparam.kernels.hyperspherical import power_below, row_norms
 from reparam.layers.form import Form
 from reparam.parameterizations import WeightSpec
 from reparam.parameterizations.unit_norm import EPSILON
@@ -27,8 +28,6 @@ class UnitNormForm(Form):
     def decompose(
         self, weight: Tensor, bias: Tensor | None, spec: WeightSpec, bias_role: str | None = None
     ) -> dict[str, Tensor]:
-        from reparam.kernels.hyperspherical import row_norms
-
         row_norms(spec.unit.to_rows(weight))  # refuses NaN and Inf
         tensors = {"weight_v": weight.to(torch_dtype(spec.dtype))}
         if bias is not None:
@@ -43,13 +42,16 @@ class UnitNormForm(Form):
         assert not outside
         v = tensors["weight_v"].to(torch.promote_types(dtype, torch.float32))
         rows = spec.unit.to_rows(v)
-        norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-        return spec.unit.from_rows(rows / (norm + EPSILON), spec.shape).to(dtype)
+        if rows.numel():  # divided by powers of two, squares neither over- nor underflow
+            largest = rows.detach().abs().amax(dim=1, keepdim=True)
+            scale = power_below(largest).clamp_min(torch.finfo(rows.dtype).tiny)
+            rows, epsilon = rows / scale, EPSILON / scale
+            rows = rows / (torch.linalg.vector_norm(rows, dim=1, keepdim=True) + epsilon)
+        return spec.unit.from_rows(rows, spec.shape).to(dtype)
 
     def pushed_scale(self, weight_v: Tensor, spec: WeightSpec) -> Tensor:
         """‖v‖ + ε of every unit in float64, shape (units,): by what the consumers of a new layer are multiplied."""
-        norm: Tensor = torch.linalg.vector_norm(spec.unit.to_rows(weight_v).double(), dim=1)
-        return norm + EPSILON
+        return row_norms(spec.unit.to_rows(weight_v)) + EPSILON
 
     def units_scale(self, tensors: Mapping[str, Tensor], spec: WeightSpec) -> Tensor | None:
         return None

@@ -6,9 +6,12 @@ values under the name it holds, and a run that ends between the two leaves the o
 
 from __future__ import annotations
 
+import contextlib
+import glob
 import hashlib
+import mmap
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -123,3 +126,44 @@ def _copy(old: BinaryIO, new: DataWriter, stop: int | None) -> None:
                 return
             raise ValueError("it ends before its tensors do")
         new.write(block, aligned=False)
+
+
+@contextlib.contextmanager
+def data_of(target: Path) -> Iterator[None]:
+    """While the ONNX file ``target`` is made or replaced: its data files do not pile up beside it.
+
+    Where that failed, those made meanwhile are removed; else those of the file that was replaced. Files of other names,
+    and those that any ONNX file of the folder still names, stay.
+    """
+    before = _data_files(target)
+    stale = {file for file in before if target.is_file() and _names(target, file)}
+    try:
+        yield
+    except BaseException:
+        stale = _data_files(target) - before
+        raise
+    finally:
+        others = list(target.parent.glob("*.onnx")) if stale else []
+        for file in stale:
+            if not any(_names(path, file) for path in {*others, target} if path.is_file()):
+                file.unlink(missing_ok=True)
+
+
+def _data_files(target: Path) -> set[Path]:
+    """What :class:`DataWriter` may have written for ``target``."""
+    return set(target.parent.glob(f"{glob.escape(target.stem)}-{'[0-9a-f]' * _DIGITS}.data"))
+
+
+def _names(path: Path, data: Path) -> bool:
+    """Whether an ONNX file names a data file: looked for as bytes, as the file may be large, or no ONNX file at all.
+
+    One that cannot be read may.
+    """
+    try:
+        with path.open("rb") as file:
+            if not os.fstat(file.fileno()).st_size:
+                return False
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+                return content.find(data.name.encode()) >= 0
+    except OSError:
+        return True

@@ -72,7 +72,7 @@ class Initializer:
                 return torch.from_numpy(values.view(np.int16).copy()).view(dtype).reshape(self.shape)
             return torch.from_numpy(np.array(values)).reshape(self.shape)
         external = self.proto.data_location == TensorProto.EXTERNAL
-        data = self._external() if external else bytearray(self.proto.raw_data)
+        data = self.external_bytes() if external else bytearray(self.proto.raw_data)
         wanted = math.prod(self.shape) * dtype.itemsize
         if len(data) != wanted:
             raise CheckpointError(
@@ -82,7 +82,12 @@ class Initializer:
             return torch.empty(self.shape, dtype=dtype)
         return torch.frombuffer(data, dtype=dtype).reshape(self.shape)
 
-    def _external(self) -> bytearray:
+    def external_bytes(self) -> bytearray:
+        """The values of one that lies outside, as they are there.
+
+        Raises:
+            CheckpointError: they are not there.
+        """
         place = {entry.key: entry.value for entry in self.proto.external_data}
         file = external_file(self.file, self.proto)
         try:

@@ -30,6 +30,7 @@ from reparam.onnxfile.reading import Initializer, external_file, read_graph, rea
 from reparam.onnxfile.weight_map import KEY, Source, WeightMap
 
 _LISTED = 4
+_MEND = "if it is another network's, --arch without --template exports it"
 _NUMBERS = ("float_data", "int32_data", "int64_data", "double_data", "uint64_data")
 
 
@@ -108,6 +109,15 @@ def refit(
     return Refitted(tuple(weights.sources), tuple(kept), weights, data)
 
 
+def known_keys(model: onnx.ModelProto) -> set[str]:
+    """The keys a file's own map names; none where it has none that can be read."""
+    try:
+        sources = WeightMap.load(properties(model).get(KEY, "{}")).sources
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return set()
+    return {key for source in sources.values() for key in source.keys}
+
+
 def _map_of(
     base: Path,
     model: onnx.ModelProto,
@@ -147,7 +157,7 @@ def _require_all(base: Path, weights: WeightMap, unused: set[str], state: Mappin
     """Every weight of the file is in the checkpoint, every weight of the checkpoint in the file."""
     held = {key for source in weights.sources.values() for key in source.keys}
     if missing := sorted(held - state.keys()):
-        raise ArchitectureError(f"{base}: holds {_told(missing)}, which the checkpoint lacks")
+        raise ArchitectureError(f"{base}: holds {_told(missing)}, which the checkpoint lacks: {_MEND}")
     tied = {(state[key].data_ptr(), state[key].shape, state[key].stride()) for key in held}
     without = [
         key
@@ -158,7 +168,7 @@ def _require_all(base: Path, weights: WeightMap, unused: set[str], state: Mappin
         and (x.data_ptr(), x.shape, x.stride()) not in tied
     ]
     if without:
-        raise ArchitectureError(f"{base}: has no place for {_told(without)} of the checkpoint")
+        raise ArchitectureError(f"{base}: has no place for {_told(without)} of the checkpoint: {_MEND}")
 
 
 def _new(base: Path, initializer: Initializer, source: Source, state: Mapping[str, Tensor]) -> Tensor:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from reparam.errors import SelectionError
 from reparam.parameterizations.base import Parameterization, TensorSpecs, WeightSpec
+from reparam.parameterizations.weight_norm import norm_over
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,8 +43,7 @@ class UnitNorm(Parameterization):
         raise SelectionError(f"{self.needs_graph}")
 
     def compose(self, tensors: Mapping[str, Tensor], spec: WeightSpec) -> tuple[Tensor, Tensor | None]:
-        import torch
-
-        rows = spec.unit.to_rows(tensors["weight_v"].double())
-        norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+        v = tensors["weight_v"]
+        rows = spec.unit.to_rows(v.double())
+        norm = norm_over(rows, (1,), v.dtype.itemsize == 8)
         return spec.unit.from_rows(rows / (norm + EPSILON), spec.shape), tensors.get("bias")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,17 +10,18 @@ from reparam.errors import DataError, ReparamError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-_BATCH = 256
+_NAMED = 8
+_SAMPLES = 10_000
 _LOADABLE = (".npz", ".safetensors")
 
 
-def calibration_batches(path: Path, model: nn.Module) -> Iterator[Tensor]:
-    """The inputs in ``path``, 256 at a time.
+def calibration_inputs(path: Path, model: nn.Module) -> Tensor:
+    """The inputs in ``path``, shape (N, ...).
 
     Args:
-        path: a folder of IDX files, whose training images are standardized with their own mean and deviation as
-            fine-tuning does it; or a .npz or .safetensors file that holds one array (N, ...), taken as it is: floats,
-            cast to the model's dtype, or integers.
+        path: a folder that :func:`reparam.training.data.load_data` reads, up to 10,000 of whose training samples are
+            standardized with their own mean and deviation as fine-tuning does it; or a .npz or .safetensors file that holds one array (N, ...), or FILE:NAME for one of
+            several, taken as it is: floats, cast to the model's dtype, or integers.
         model: is run on the first two of them, in evaluation mode, to see that it takes them.
 
     Raises:
@@ -32,24 +32,26 @@ def calibration_batches(path: Path, model: nn.Module) -> Iterator[Tensor]:
     if inputs.is_floating_point() and dtype is not None:
         inputs = inputs.to(dtype)
     _try(model, inputs[:2], path)
-    return (inputs[start : start + _BATCH] for start in range(0, len(inputs), _BATCH))
+    return inputs
 
 
 def _read(path: Path) -> Tensor:
     if path.is_dir():
-        from reparam.training import load_dataset
-
-        return load_dataset(path).train.images
+        return _of_dataset(str(path))
+    file, colon, name = str(path).rpartition(":")
+    chosen = name if colon and not path.exists() and Path(file).suffix in _LOADABLE else None
+    path = path if chosen is None else Path(file)
     if path.suffix not in _LOADABLE:
-        raise DataError(
-            f"{path}: --calibrate takes a folder of IDX files, or an array in .npz or .safetensors"
-        )
+        raise DataError(f"{path}: --calibrate takes a dataset's folder, or an array in .npz or .safetensors")
     arrays = _npz(path) if path.suffix == ".npz" else _safetensors(path)
-    if len(arrays) != 1:
-        raise DataError(
-            f"{path}: holds {', '.join(list(arrays)[:4]) or 'nothing'}: one array of inputs is expected"
-        )
-    ((name, inputs),) = arrays.items()
+    if chosen is None and len(arrays) != 1:
+        held = ", ".join(list(arrays)[:_NAMED]) + f" and {len(arrays) - _NAMED} more" * (len(arrays) > _NAMED)
+        mend = f": name one, {path}:{next(iter(arrays))}" if arrays else ""
+        raise DataError(f"{path}: holds {held or 'nothing'}: one array of inputs is expected{mend}")
+    name = next(iter(arrays)) if chosen is None else chosen
+    if name not in arrays:
+        raise DataError(f"{path}: holds no `{name}`, but {', '.join(list(arrays)[:_NAMED]) or 'nothing'}")
+    inputs = arrays[name]
     if not inputs.dim() or not len(inputs):
         raise DataError(f"{path}: `{name}` is {list(inputs.shape)}: expected inputs (N, ...), N at least 1")
     kind = str(inputs.dtype).removeprefix("torch.")
@@ -57,6 +59,16 @@ def _read(path: Path) -> Tensor:
         raise DataError(
             f"{path}: `{name}` is {kind}: give what the network takes, float or int64; images scaled as in training"
         )
+    return inputs
+
+
+def _of_dataset(path: str) -> Tensor:
+    from reparam.training.data import Batches, load_data
+
+    data = load_data(path)
+    size = min(len(data.train), _SAMPLES)
+    chosen = Batches(data, data.train, batch_size=size, shuffle=size < len(data.train))
+    inputs, _ = next(chosen.epoch(0))
     return inputs
 
 

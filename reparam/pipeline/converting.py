@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from reparam.checkpoint import folders, open_checkpoint, save_state_dict
 from reparam.checkpoint.staging import refuse_existing, require_space, staged
 from reparam.errors import OutputError, SelectionError
+from reparam.pipeline.calibration import calibration_inputs
 from reparam.pipeline.loading import load_network
 from reparam.pipeline.report import ModelReport, describe_layers
 
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
 
     from reparam.checkpoint import Checkpoint, LayerRecord
     from reparam.graph import Outcome
+
+#: inputs of a batch of the calibration, and of the comparison of outputs
+_BATCH, _COMPARED = 256, 16
 
 
 def convert_model(
@@ -34,6 +38,7 @@ def convert_model(
     mean_norm: bool = False,
     calibrate: Path | None = None,
     scale: Literal["outside", "inside"] | None = None,
+    inputs: Sequence[str] = (),
     force: bool = False,
     dry_run: bool = False,
 ) -> ModelReport:
@@ -50,7 +55,9 @@ def convert_model(
             model.safetensors, also where the source is sharded, and the other files of the source.
         include, exclude, fold_bn, mean_norm: as :func:`reparam.graph.convert` takes them.
         scale: of GmP, "outside" (None too) or "inside".
-        calibrate: inputs that set the running means: a folder of IDX files, or an array in .npz or .safetensors.
+        calibrate: inputs that set the running means: a folder of IDX files, or an array in .npz or .safetensors
+            (FILE:NAME, one of several). The outputs of both networks are compared on the first of them.
+        inputs: what the network takes, as ``--input`` has it: outputs are compared on such inputs, seeded.
         force: replace an existing output.
         dry_run: do everything but write.
 
@@ -59,12 +66,15 @@ def convert_model(
 
     Raises:
         ReparamError: bad input or options, or an output that cannot be written; nothing is left behind.
-        CheckFailedError: the result would not give the source back; nothing is left behind.
+        CheckFailedError: the result would not give the source back, or computes something else; nothing is left behind.
     """
     from reparam.graph import records_of
     from reparam.graph.comparing import compare_layers
+    from reparam.parameterizations import parameterization
+    from reparam.pipeline.outputs import compare_outputs, seeded_inputs
 
     began = time.perf_counter()
+    parameterization(to)
     if calibrate is not None and not mean_norm:
         raise SelectionError("--calibrate sets the running means of --mean-norm: give that too")
     if scale is not None and to != "gmp":
@@ -83,19 +93,24 @@ def convert_model(
         refuse_existing(target, force)
         folders.refuse_losing(single, target)
     network = load_network(Path(path), arch, arch_args, as_held=True)
+    samples = seeded_inputs(network.model, inputs) if inputs else []
     rules: list[Outcome] = []
     plain = _plain(network.model, fold_bn, rules)
+    data = None if calibrate is None else calibration_inputs(calibrate, plain)
+    if data is not None and not samples:
+        samples = [(data[:_COMPARED],)]
     model = _converted(
         plain,
         to,
         rules,
-        calibrate,
+        data,
         include=include,
         exclude=exclude,
         mean_norm=mean_norm,
         scale=scale or "outside",
     )
     fidelity = compare_layers(plain, model)
+    outputs = compare_outputs(network.model, model, samples) if samples else None
     tensors, records = model.state_dict(), records_of(model)
     nbytes = _nbytes(tensors)
     if not dry_run:
@@ -111,11 +126,16 @@ def convert_model(
             f"batch norms are folded into {len(norms)} layers: the class alone cannot load this file strict, Python loads "
             "it with reparam.graph.apply_records",
         )
-    gained = _gained_biases(network.model) if to == "sp" else []
-    if gained:
+    gained = [key.removesuffix(".weight") for key, record in records.items() if record.gained_bias]
+    if gained and to == "sp":
         notes += (
-            f"a bias from mean normalization stays, which the class cannot load strict: {', '.join(gained)}",
+            f"a bias from mean normalization stays in {', '.join(gained)}: the class alone cannot load this file strict, "
+            "Python loads it with reparam.graph.apply_records",
         )
+    if samples and outputs is None:
+        notes += ("outputs were not compared: the original gives no finite numbers on these inputs",)
+    if mean_norm and not fold_bn:
+        notes += _foldable(plain, rules)
     return ModelReport(
         source=checkpoint.path,
         output=target,
@@ -128,6 +148,7 @@ def convert_model(
         dry_run=dry_run,
         notes=notes,
         rules=tuple(rules),
+        outputs=outputs,
         rewritten=_rewritten(model),
     )
 
@@ -150,15 +171,33 @@ def _plain(model: nn.Module, fold_bn: bool, rules: list[Outcome]) -> nn.Module:
 
 
 def _converted(
-    plain: nn.Module, to: str, rules: list[Outcome], calibrate: Path | None, **options: Any
+    plain: nn.Module, to: str, rules: list[Outcome], data: Tensor | None, **options: Any
 ) -> nn.Module:
     from reparam.graph import convert
-    from reparam.pipeline.calibration import calibration_batches
 
     if to == "sp" and not options["mean_norm"] and any(rule.applied for rule in rules):
         return plain
-    batches = None if calibrate is None else calibration_batches(calibrate, plain)
-    return convert(plain, to, calibrate=batches, report=rules, **options)
+    batches = None if data is None else data.split(_BATCH)  # type: ignore[no-untyped-call]
+    try:
+        return convert(plain, to, calibrate=batches, report=rules, **options)
+    except SelectionError as error:
+        option = str(error).partition(" ")[0]
+        raise SelectionError(f"{'--' * (option in ('include', 'exclude'))}{error}") from error
+
+
+def _foldable(plain: nn.Module, rules: Sequence[Outcome]) -> tuple[str, ...]:
+    """A line, if batch norms that could be folded follow layers whose means are normalized."""
+    from reparam.graph.exchange import replace_modules
+    from reparam.graph.rules.batch_norm import fold_batch_norms
+
+    folded = fold_batch_norms(replace_modules(plain, lambda module: None))
+    normalized = {o.layer for o in rules if o.applied and o.rule in ("mean normalization", "mini-batch mean")}
+    both = [o.layer for o in folded if o.applied and o.layer in normalized]
+    if not both:
+        return ()
+    return (
+        f"batch norm follows {len(both)} of the layers whose means are normalized: --fold-bn folds it first",
+    )
 
 
 def _as_one_file(checkpoint: Checkpoint) -> Checkpoint:
@@ -182,13 +221,6 @@ def _write(
         file = folders.file_in(single, temporary, single.files[0])
         save_state_dict(tensors, records, file)
         return file.stat().st_size
-
-
-def _gained_biases(model: nn.Module) -> list[str]:
-    """The layers that mean normalization gave a bias."""
-    from reparam.layers import Reparameterized
-
-    return [name for name, m in model.named_modules() if isinstance(m, Reparameterized) and m.gained_bias]
 
 
 def _nbytes(tensors: Mapping[str, Tensor]) -> int:

@@ -66,14 +66,10 @@ def load_network(
     checkpoint = open_checkpoint(path)
     if arch is not None:
         plain = load_architecture(arch, arch_args)
-    elif describes_network(checkpoint):
+    else:
+        require_description(checkpoint)
         assert checkpoint.folder is not None
         plain = load_huggingface(checkpoint.folder, checkpoint.config)
-    else:
-        raise ArchitectureError(
-            f"`{path.name}` holds weights, not a network: give --arch file.py:fn, --template base.onnx or a "
-            "folder with config.json; for plain weights only: reparam convert … --to sp"
-        )
     tensors, records, notes = state_dict_of(checkpoint), checkpoint.records, checkpoint.notes
     if arch is not None:
         prefix = wrapper_prefix(tensors, plain.state_dict())
@@ -101,6 +97,15 @@ def _renamed(record: LayerRecord, names: Mapping[str, str], key: str) -> LayerRe
     prefix = key.removesuffix(names[key])
     first, *more = (norm.removeprefix(prefix) for norm in record.batch_norms)
     return replace(record, batch_norm=first, more_batch_norms=tuple(more))
+
+
+def require_description(checkpoint: Checkpoint) -> None:
+    """Raise ArchitectureError where nothing says what network a checkpoint belongs to."""
+    if not describes_network(checkpoint):
+        raise ArchitectureError(
+            f"`{checkpoint.path.name}` holds weights, not a network: give --arch file.py:fn, --template base.onnx or a "
+            "folder with config.json; for plain weights only: reparam convert … --to sp"
+        )
 
 
 def describes_network(checkpoint: Checkpoint) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from reparam.checkpoint.report import ConversionReport, LayerReport
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from reparam.checkpoint.fidelity import Fidelity
     from reparam.graph import Outcome
+    from reparam.pipeline.outputs import OutputsCompared
 
 
 @dataclass(frozen=True)
@@ -21,15 +22,18 @@ class ModelReport(ConversionReport):
 
     Attributes:
         rules: every rule at every layer it was tried on, in that order.
+        outputs: how the outputs of both networks compare; None where no inputs were at hand.
         rewritten: the model has scales after activations: its own class no longer computes the same.
     """
 
     rules: tuple[Outcome, ...]
+    outputs: OutputsCompared | None
     rewritten: bool
 
     def to_json(self) -> dict[str, Any]:
         rules = [{"rule": o.rule, "layer": o.layer, "applied": o.applied, "why": o.why} for o in self.rules]
-        return {**super().to_json(), "rules": rules, "rewritten": self.rewritten}
+        outputs = None if self.outputs is None else asdict(self.outputs)
+        return {**super().to_json(), "rules": rules, "outputs": outputs, "rewritten": self.rewritten}
 
 
 def describe_layers(

@@ -1,161 +1,312 @@
-"""The training loop: stochastic gradient descent with momentum, angles at a rate of their own."""
+"""The training loop: steps, evaluations and saves, such that a run can be stopped and resumed between any two steps."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from reparam.errors import CheckFailedError, DataError, ReparamError
-from reparam.layers import GeometricMixin
-from reparam.training.data import Dataset, Split
+from reparam.errors import CheckFailedError, ReparamError
+from reparam.training.course import Course
+from reparam.training.data.augment import Augment
+from reparam.training.data.loader import Batches
+from reparam.training.data.randomness import sample_keys
+from reparam.training.distributed import World
+from reparam.training.evaluation import evaluate
+from reparam.training.events import EvaluationEvent, Event, StepEvent, TrainingResult
+from reparam.training.memory import advice, optimizer_bytes, ran_out
+from reparam.training.objective import Objective
+from reparam.training.pace import Pace
+from reparam.training.precision import Precision
+from reparam.training.preflight import batch_parts, check_network, trainable
+from reparam.training.recipe import Recipe
+from reparam.training.run_folder import RunFolder
+from reparam.training.saving import Saver, StateOf
+from reparam.training.state import State
+from reparam.training.stepping import Stepper
 
-_EVALUATION_BATCH = 256
+if TYPE_CHECKING:
+    from reparam.training.data.types import Data
 
-
-@dataclass(frozen=True)
-class Recipe:
-    """How to train.
-
-    Attributes:
-        steps: optimizer steps.
-        batch_size: images of one step, at most the training set.
-        lr: learning rate of everything but angles.
-        angle_lr: learning rate of theta, in radians. A step on theta_j moves the weight by r²P_j² times
-            what the same rate would move it in plain weights (P_j = ∏_{i<j} cos t_i): a tenth of ``lr`` stays
-            below a plain step for rows of norm up to 3.
-        momentum: of SGD, for both.
-        seed: of the order of the images and of the model's own noise (dropout).
-    """
-
-    steps: int = 50
-    batch_size: int = 128
-    lr: float = 0.01
-    angle_lr: float = 0.001
-    momentum: float = 0.9
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.steps < 1 or self.batch_size < 1:
-            raise ReparamError(
-                f"--steps {self.steps}, --batch-size {self.batch_size}: both must be at least 1"
-            )
-        for option, value in (
-            ("--lr", self.lr),
-            ("--angle-lr", self.angle_lr),
-            ("--momentum", self.momentum),
-        ):
-            if not 0 <= value < math.inf:
-                raise ReparamError(f"{option} {value}: must be a finite number, not below 0")
+#: apart from the indices of samples, whose keys the data's random numbers come from
+_NOISE = 2**62
 
 
-@dataclass(frozen=True)
-class FinetuneResult:
-    """Accuracies in [0, 1] on the test split, and the training loss of every step."""
+def train(
+    model: nn.Module,
+    data: Data,
+    recipe: Recipe,
+    run: RunFolder,
+    *,
+    world: World | None = None,
+    resume: State | None = None,
+    state_of: StateOf | None = None,
+    tell: Callable[[Event], None] | None = None,
+    stop: Callable[[], bool] | None = None,
+) -> TrainingResult:
+    """Train a model in place, in the parameterization it is held in.
 
-    accuracy_before: float
-    accuracy_after: float
-    losses: tuple[float, ...]
-
-
-def finetune(
-    model: nn.Module, data: Dataset, recipe: Recipe, on_step: Callable[[int, float], None] | None = None
-) -> FinetuneResult:
-    """Train ``model`` in place on the cross-entropy of ``data.train``.
-
-    The same arguments give the same weights, bit for bit, on one machine with one thread count. Batch norms
-    learn their running statistics as in any training. The model is left in evaluation mode.
+    The same arguments give the same weights, bit for bit, on one machine's CPU with one thread count, whether or not
+    the run was stopped or killed and resumed in between. The caller's random numbers are not disturbed.
 
     Args:
-        model: (N, 1, H, W) -> (N, classes) logits.
-        data: on the model's device.
-        recipe: see :class:`Recipe`.
-        on_step: called after every step with its number, from 1, and its loss.
+        model: is brought to its device and precision, and left there in evaluation mode with the last step's weights;
+            where the recipe asks for a moving average, the files hold the average. Frozen parameters stay frozen.
+        data: training and validation split.
+        recipe: see ``Recipe``.
+        run: a folder that ``create`` made; only rank 0 writes.
+        world: the processes of this run; those of torchrun without.
+        resume: the state to go on from, ``State.load(run.state)``.
+        state_of: what the files hold of the model, in their element types; its state_dict without.
+        tell: called with every event, on rank 0 only.
+        stop: asked in every step; once it is true on some rank the run saves its state and returns.
 
     Raises:
-        DataError: the model does not take the images, or has fewer outputs than the data has classes.
-        CheckFailedError: the loss is not finite, before or while training.
+        ReparamError: model, data and recipe do not fit, or memory is too small: the message says what would fit.
+        CheckFailedError: training diverged; the message names the last good checkpoint.
+        OutputError: the run folder cannot be written.
     """
-    before = _preflight(model, data)
-    optimizer = torch.optim.SGD(_groups(model, recipe), momentum=recipe.momentum)
-    losses = []
-    # The caller's random numbers are not disturbed.
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.seed)
-        model.train()
-        for step, batch in zip(range(1, recipe.steps + 1), _batches(len(data.train), recipe), strict=False):
-            loss = F.cross_entropy(model(data.train.images[batch]), data.train.labels[batch])
-            value = float(loss.detach())
-            if not math.isfinite(value):
-                raise CheckFailedError(
-                    f"the loss is {value} at step {step}: training diverged; lower --angle-lr (now "
-                    f"{recipe.angle_lr:g}) or --lr (now {recipe.lr:g})"
-                )
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            losses.append(value)
-            if on_step is not None:
-                on_step(step, value)
-    return FinetuneResult(before, accuracy(model, data.test), tuple(losses))
+    world = world or World.current(recipe.device)
+    devices = [world.device] if world.device.type == "cuda" else []
+    with world.together(), trainable(model, recipe), torch.random.fork_rng(devices=devices):
+        loop = _Loop(model, data, recipe, run, world, state_of, tell, stop)
+        try:
+            return loop.run(resume)
+        except RuntimeError as error:
+            if recipe.compile and _of_compiler(error):
+                why = str(error).strip().splitlines()[0]
+                raise ReparamError(
+                    f"--compile: torch cannot compile the network ({why}): leave it out"
+                ) from error
+            if not ran_out(error):
+                raise
+        finally:
+            model.eval()
+        # Out of memory, and what the failed step held is free now that its exception is gone.
+        raise loop.out_of_memory()
 
 
-@torch.no_grad()
-def accuracy(model: nn.Module, split: Split) -> float:
-    """Share of ``split`` whose largest logit is its label's; leaves the model in evaluation mode.
-
-    Raises:
-        CheckFailedError: a logit is NaN or Inf.
-    """
-    model.eval()
-    right = 0
-    for start in range(0, len(split), _EVALUATION_BATCH):
-        part = slice(start, start + _EVALUATION_BATCH)
-        logits: Tensor = model(split.images[part])
-        if not bool(torch.isfinite(logits).all()):
-            raise CheckFailedError("the model's outputs are not finite: lower --angle-lr or --lr")
-        right += int((logits.argmax(1) == split.labels[part]).sum())
-    return right / len(split)
+class _Stopped(Exception):  # noqa: N818 - no error
+    """The run was asked to stop while it evaluated."""
 
 
-def _preflight(model: nn.Module, data: Dataset) -> float:
-    """The accuracy before training; what cannot work is found out before the first step."""
-    shape = list(data.test.images.shape[1:])
-    try:
-        with torch.no_grad():
-            logits = model.eval()(data.test.images[:2])
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise DataError(f"the model does not take images of {shape}: {str(error).splitlines()[0]}") from error
-    if not isinstance(logits, Tensor) or logits.dim() != 2:
-        got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise DataError(f"the model gives {got} for two images of {shape}, not (2, classes) logits")
-    if logits.shape[1] < data.classes:
-        raise DataError(f"the model has {logits.shape[1]} outputs, the data {data.classes} classes")
-    return accuracy(model, data.test)
+class _Loop:
+    """One run's parts, and the order in which they act."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Data,
+        recipe: Recipe,
+        run: RunFolder,
+        world: World,
+        state_of: StateOf | None,
+        tell: Callable[[Event], None] | None,
+        stop: Callable[[], bool] | None,
+    ) -> None:
+        self.model, self.data, self.recipe, self.folder, self.world = model, data, recipe, run, world
+        self.tell = tell if tell is not None and world.is_main else lambda event: None
+        self.stop = stop or (lambda: False)
+        self.precision, self.objective = Precision.of(recipe, world.device), Objective.of(recipe, data)
+        self.precision.hold(model)
+        self.batch, self.part = batch_parts(recipe, data, world)
+        check_network(model, data, self.objective, self.precision, self.part)
+        self.batches = self._batches(recipe.batch_size, train=True)
+        self.validation = self._batches(self.part * world.size, train=False)
+        self.total = recipe.total_steps(self.batches.steps)
+        self.course = Course.start(model, recipe, self.objective, self.total)
+        self.pace = Pace()
+        self.saver = Saver(run, self.course, recipe, data, state_of)
+
+    def run(self, resume: State | None) -> TrainingResult:
+        """From the start or a state, to the end or until the run is stopped."""
+        if resume is not None:
+            resume.check(self.recipe, self.data)
+            self.course.take_up(resume, self.recipe)
+        network = self.world.wrap(self.model)
+        # Evaluation does not go through DistributedDataParallel: ranks may have different numbers of batches.
+        self.evaluated = torch.compile(self.model) if self.recipe.compile else self.model
+        self.stepper = self._stepper(network)
+        if self.world.is_main:
+            self.saver.begin(resume)
+        done, interrupted = self.course.progress, False
+        while not interrupted:
+            epoch, start = divmod(done.step, self.batches.steps)
+            if (start == 0 or done.step >= self.total) and (done.last is None or done.last.step != done.step):
+                try:
+                    self._evaluate(epoch, complete=start == 0)
+                except _Stopped:
+                    interrupted = True
+                self._save()
+            if done.step >= self.total or done.stopped or interrupted:
+                break
+            interrupted = self._epoch(epoch, start)
+        assert done.before is not None
+        assert done.best is not None
+        assert done.last is not None
+        return TrainingResult(
+            done.before, done.best, done.last, done.step, interrupted, done.stopped, *self.pace.summary()
+        )
+
+    def _epoch(self, epoch: int, start: int) -> bool:
+        """The steps of an epoch from ``start`` on; whether the run was asked to stop."""
+        self.model.train()
+        done, every = self.course.progress, self.recipe.save_every
+        for inputs, targets in self.pace.wait(self.batches.epoch(epoch, start)):
+            self._seed(done.step)
+            self.course.schedule.apply(self.course.optimizer, done.step)
+            step = self.stepper.take(self.precision.place(inputs), self.precision.place(targets), self.stop())
+            if step.trouble:
+                raise self._diverged(done.step + 1, step.trouble)
+            if self.course.average is not None:
+                self.course.average.update(self.model)
+            done.step += 1
+            done.loss_sum, done.loss_count = done.loss_sum + step.loss, done.loss_count + 1
+            self._tell_step(epoch, step.loss)
+            # After the last step of an epoch comes the evaluation, and then a save.
+            ends = done.step >= self.total or done.step % self.batches.steps == 0
+            if step.stop or (every is not None and done.step % every == 0 and not ends):
+                self._save()
+                self.pace.pause()
+            if step.stop or ends:
+                return step.stop
+        return False
+
+    def _evaluate(self, epoch: int, complete: bool) -> None:
+        """Take note of how the weights, or their average, do.
+
+        Args:
+            epoch: how many are complete.
+            complete: one has just ended, which schedule and early stopping look at; else the run ends within.
+        """
+        done = self.course.progress
+        self.model.eval()
+        with self.course.averaged():
+            self.world.align(self.model)
+            result = evaluate(self._forward, self._validation(), self.objective, self.world, done.step)
+        if not (math.isfinite(result.loss) and math.isfinite(result.value)):
+            raise self._diverged(done.step, f"the validation loss is {result.loss}")
+        sign = 1 if self.objective.better == "higher" else -1
+        best = done.best is None or sign * result.value > sign * done.best.value
+        done.before, done.last = done.before or result, result
+        if best:
+            done.best = result
+        if done.step and complete:
+            self.course.schedule.observe(result.value)
+            done.stopped = self.course.early_stop.observe(result.value)
+        trained = done.loss_sum / done.loss_count if done.loss_count else None
+        done.loss_sum, done.loss_count = 0.0, 0
+        event = EvaluationEvent(epoch if complete else epoch + 1, result, trained, best)
+        if self.world.is_main:
+            self.saver.metrics.evaluation(event)
+        self.tell(event)
+
+    def _forward(self, inputs: Tensor) -> object:
+        with self.precision.autocast():
+            return self.evaluated(inputs)
+
+    def _validation(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for inputs, targets in self.validation.epoch(0):
+            # Several ranks would have to agree here; they do in their next step. The first evaluation has none before it.
+            if self.world.size == 1 and self.course.progress.last is not None and self.stop():
+                raise _Stopped
+            yield self.precision.place(inputs), self.precision.place(targets)
+
+    def _tell_step(self, epoch: int, loss: float) -> None:
+        done, groups = self.course.progress, self.course.optimizer.param_groups
+        speed, waiting, eta = self.pace.lap(self.batch, self.total - done.step)
+        lr = next((group for group in groups if group["kind"] != "theta"), groups[0])["lr"]
+        event = StepEvent(done.step, self.total, epoch + 1, loss, lr, speed, waiting, eta)
+        if self.world.is_main:
+            self.saver.metrics.step(event)
+        self.tell(event)
+
+    def _save(self) -> None:
+        if not all(bool(torch.isfinite(parameter).all()) for parameter in self.model.parameters()):
+            raise self._diverged(self.course.progress.step, "a parameter is not finite")
+        if self.world.is_main:
+            self.tell(self.saver.save())
+
+    def _stepper(self, network: nn.Module) -> Stepper:
+        return Stepper(
+            self.model,
+            network,
+            self.course.optimizer,
+            self.course.scaler,
+            self.objective,
+            self.precision,
+            self.world,
+            samples=self.batch,
+            parts=self.recipe.accumulate,
+            clip=self.recipe.clip,
+            compiled=self.recipe.compile,
+        )
+
+    def _batches(self, size: int, train: bool) -> Batches:
+        recipe = self.recipe
+        augment = Augment(recipe.flip, recipe.crop, recipe.resized_crop)
+        return Batches(
+            self.data,
+            self.data.train if train else self.data.validation,
+            batch_size=size,
+            shuffle=train,
+            seed=recipe.seed,
+            augment=augment if train and augment != Augment() else None,
+            workers=recipe.workers,
+            pin_memory=self.world.device.type == "cuda",
+            rank=self.world.rank,
+            world=self.world.size,
+        )
+
+    def _seed(self, step: int) -> None:
+        """The noise of a step, dropout's, depends on seed, step and rank alone."""
+        key = int(sample_keys(self.recipe.seed, step, [_NOISE + self.world.rank])[0]) >> 1
+        torch.default_generator.manual_seed(key)
+        if self.world.device.type == "cuda":
+            torch.cuda.manual_seed(key)
+
+    def _diverged(self, step: int, what: str) -> CheckFailedError:
+        best = self.course.progress.best
+        if best is None:
+            return CheckFailedError(f"{what} before the first step: network and data do not fit")
+        rates = {group["kind"]: group["initial_lr"] for group in self.course.optimizer.param_groups}
+        angles = f"--angle-lr (now {rates['theta']:g}) or " if "theta" in rates else ""
+        return CheckFailedError(
+            f"training diverged at step {step}: {what}: lower {angles}--lr (now {self.recipe.lr:g}); the last good "
+            f"checkpoint is {self.folder.best}, of step {best.step}"
+        )
+
+    def out_of_memory(self) -> ReparamError:
+        """What to do about it."""
+        device, part = self.world.device, self.part
+        self.course.optimizer.zero_grad()
+        if self.world.size > 1:  # nothing can be tried without the other ranks
+            more = 2 * self.recipe.accumulate
+            return ReparamError(
+                f"out of memory on {device} with {part} samples at once: try --accumulate {more}"
+            )
+        inputs, targets = next(self.batches.epoch(0))
+        # What the optimizer takes in its first step has to fit too.
+        reserved = 0 if self.course.optimizer.state else optimizer_bytes(self.model, self.recipe)
+
+        def attempt(size: int) -> None:
+            self.course.optimizer.zero_grad()
+            held = torch.empty(reserved, dtype=torch.uint8, device=device)
+            self.model.train()
+            self.stepper.backward(self.precision.place(inputs[:size]), self.precision.place(targets[:size]))
+            del held
+
+        try:
+            return ReparamError(advice(attempt, self.batch, part, device))
+        finally:
+            self.course.optimizer.zero_grad()
+            self.model.eval()
 
 
-def _groups(model: nn.Module, recipe: Recipe) -> list[dict[str, object]]:
-    """Parameter groups by kind: angles, and everything else."""
-    held = [module.theta for module in model.modules() if isinstance(module, GeometricMixin)]
-    angle_ids = {id(theta) for theta in held}
-    angles = [p for p in model.parameters() if id(p) in angle_ids and p.requires_grad]
-    other = [p for p in model.parameters() if id(p) not in angle_ids and p.requires_grad]
-    groups: list[dict[str, object]] = [
-        {"params": angles, "lr": recipe.angle_lr},
-        {"params": other, "lr": recipe.lr},
-    ]
-    return [group for group in groups if group["params"]]
+def _of_compiler(error: RuntimeError) -> bool:
+    from torch._dynamo.exc import TorchDynamoException
 
-
-def _batches(count: int, recipe: Recipe) -> Iterator[Tensor]:
-    """Batches of indices without end: a new order every epoch, incomplete last batches dropped."""
-    generator = torch.Generator().manual_seed(recipe.seed)
-    size = min(recipe.batch_size, count)
-    while True:
-        order = torch.randperm(count, generator=generator)
-        for start in range(0, count - size + 1, size):
-            yield order[start : start + size]
+    return isinstance(error, TorchDynamoException)

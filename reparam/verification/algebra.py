@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -24,10 +23,11 @@ from reparam.onnxfile import transforms
 from reparam.onnxfile.reading import graphs
 from reparam.onnxfile.weight_map import Source, WeightMap
 from reparam.verification.exact import Float64, in_float64, run
+from reparam.verification.operators import evaluator
 from reparam.verification.report import Check
 from reparam.verification.runtime import line
 from reparam.verification.samples import Sample
-from reparam.verification.widening import FLOATS, widen
+from reparam.verification.widening import FLOATS
 
 #: of the output's scale
 TOLERANCE = 1e-12
@@ -64,16 +64,12 @@ def check_graph(
     """
     state = folded.state_dict()
     try:
-        from onnx.reference import ReferenceEvaluator
-
         values = {
             name: transforms.apply(_rounded(source), state) for name, source in weight_map.sources.items()
         }
-        whole = onnx.ModelProto()
-        whole.CopyFrom(model)
-        onnx.load_external_data_for_model(whole, str(path.parent))
-        graph = ReferenceEvaluator(widen(whole, FLOATS, TensorProto.DOUBLE, values), new_ops=_operators())
-        names = graph.input_names
+        graph = evaluator(model, path, values)
+        held = {tensor.name for tensor in model.graph.initializer}  # of which old files make inputs too
+        names = [name for name in graph.input_names if name not in held]
         error = _Error()
         for sample in samples:
             inputs = [x.double() if x.is_floating_point() else x for x in sample.inputs]
@@ -165,37 +161,3 @@ def _inexact_constants(model: onnx.ModelProto, weight_map: WeightMap) -> list[st
                 if attribute.HasField("t"):
                     look(node.output[0], attribute.t)
     return found
-
-
-def _operators() -> list[type[Any]]:
-    """Convolutions by torch, as the evaluator's own go pixel by pixel; and GELU, whose own has a √2 in float32."""
-    from onnx.reference.op_run import OpRun
-    from onnx.reference.ops.op_conv import Conv
-
-    def gelu(self: Any, X: Any, approximate: str | None = None) -> Any:
-        return (torch.nn.functional.gelu(torch.tensor(X), approximate=approximate or "none").numpy(),)
-
-    def convolve(self: Any, X: Any, W: Any, B: Any = None, **given: Any) -> Any:
-        spatial = X.ndim - 2
-        pads = list(given.get("pads") or self.pads or [0] * 2 * spatial)
-        auto = given.get("auto_pad") or self.auto_pad or "NOTSET"
-        if auto != "NOTSET" or spatial > 3:
-            return Conv._run(self, X, W, B, **given)  # type: ignore[no-untyped-call]
-        x, w = torch.tensor(X), torch.tensor(W)
-        around = [p for axis in reversed(range(spatial)) for p in (pads[axis], pads[axis + spatial])]
-        function = (torch.conv1d, torch.conv2d, torch.conv3d)[spatial - 1]
-        out = function(
-            torch.nn.functional.pad(x, around),
-            w,
-            None if B is None else torch.tensor(B),
-            stride=given.get("strides") or self.strides or 1,
-            padding=0,
-            dilation=given.get("dilations") or self.dilations or 1,
-            groups=given.get("group") or self.group or 1,
-        )
-        return (out.numpy(),)
-
-    return [
-        type("Conv", (Conv,), {"_run": convolve, "op_domain": ""}),
-        type("Gelu", (OpRun,), {"_run": gelu, "op_domain": ""}),
-    ]

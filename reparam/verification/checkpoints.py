@@ -8,7 +8,8 @@
 | the same plain type | 2e-7, where all derived tensors are float64 1e-12, at 16 bits 1e-6 (rare weights round otherwise) |
 | different plain types | the rounding of the coarser one |
 
-All other tensors must be the same bit for bit. A layer is read in blocks of units: memory does not grow with the files.
+All other tensors must be the same bit for bit. What a wrapper left before every key of one file ("module.") is no
+difference. A layer is read in blocks of units: memory does not grow with the files.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from reparam.checkpoint.layers import Layer, find_layers
 from reparam.checkpoint.reading import Checkpoint, open_checkpoint
 from reparam.checkpoint.source import Source
 from reparam.dtypes import torch_dtype
+from reparam.graph.arch import wrapper_prefix
 from reparam.parameterizations import parameterization
 from reparam.verification.report import Check, Report
 from reparam.verification.weights import same_bits
@@ -51,22 +53,35 @@ def verify_checkpoints(reference: Path, candidate: Path, axes: Mapping[str, int]
         CheckpointError: one cannot be read.
     """
     opened = open_checkpoint(reference), open_checkpoint(candidate)
+    prefixes = (
+        wrapper_prefix(opened[0].tensors, opened[1].tensors),
+        wrapper_prefix(opened[1].tensors, opened[0].tensors),
+    )
     known = [{layer.key: layer.spec.unit.axis for layer in find_layers(c, axes).layers} for c in opened]
     # What a file records of its units settles what the other's shapes leave open.
     told = [
-        {key: axis for key, axis in axis_of.items() if key in checkpoint.records}
-        for checkpoint, axis_of in zip(opened, known, strict=True)
+        {key.removeprefix(own): axis for key, axis in axis_of.items() if key in checkpoint.records}
+        for checkpoint, axis_of, own in zip(opened, known, prefixes, strict=True)
     ]
-    first = find_layers(opened[0], {**told[1], **(axes or {})} if told[1] else axes)
-    second = find_layers(opened[1], {**told[0], **(axes or {})} if told[0] else axes)
-    layers = {layer.key: layer for layer in first.layers}, {layer.key: layer for layer in second.layers}
+    first, second = (
+        find_layers(checkpoint, {prefix + key: axis for key, axis in other.items()} | dict(axes or {}))
+        for checkpoint, prefix, other in zip(opened, prefixes, reversed(told), strict=True)
+    )
+    layers = (
+        {layer.key.removeprefix(prefixes[0]): layer for layer in first.layers},
+        {layer.key.removeprefix(prefixes[1]): layer for layer in second.layers},
+    )
     checks = [_compare(opened, layers[0][key], layers[1][key]) for key in layers[0] if key in layers[1]]
     others = set(_free(layers[0], layers[1], first.others)), set(_free(layers[1], layers[0], second.others))
-    checks += _other_tensors(opened, *others)
+    checks += _other_tensors(opened, others, prefixes)
     first_wrong = next((c.where.split("`")[1] for c in checks if not c.passed and c.where), None)
-    return Report(
-        tuple(checks), ("by tensors alone: what the network does with them is not compared",), first_wrong
-    )
+    notes = ["by tensors alone: what the network does with them is not compared"]
+    notes += [
+        f"`{prefix}` stands before every name in {path}: left out"
+        for prefix, path in zip(prefixes, (reference, candidate), strict=True)
+        if prefix
+    ]
+    return Report(tuple(checks), tuple(notes), first_wrong)
 
 
 def _free(own: Mapping[str, Layer], other: Mapping[str, Layer], rest: Mapping[str, str]) -> Iterator[str]:
@@ -126,7 +141,7 @@ def _mismatch(opened: tuple[Checkpoint, Checkpoint], a: Layer, b: Layer) -> str 
         return f"units on axis {b.spec.unit.axis}, should be {a.spec.unit.axis} (--axis says which)"
     if (a.bias is None) != (b.bias is None):
         return "it has a bias in one of the two files"
-    records = [checkpoint.records.get(a.key) for checkpoint in opened]
+    records = [c.records.get(layer.key) for c, layer in zip(opened, (a, b), strict=True)]
     done = [(r.mean, r.batch_norms) if r is not None else (None, ()) for r in records]
     if done[0] != done[1]:
         told = next(r.rewritten for r in records if r is not None and r.rewritten)
@@ -153,18 +168,22 @@ def _source(checkpoint: Checkpoint, layer: Layer) -> Source:
     return Source(checkpoint, layer, whole, {0, layer.spec.unit.axis}, {})
 
 
-def _other_tensors(opened: tuple[Checkpoint, Checkpoint], first: set[str], second: set[str]) -> list[Check]:
+def _other_tensors(
+    opened: tuple[Checkpoint, Checkpoint], others: tuple[set[str], set[str]], prefixes: tuple[str, str]
+) -> list[Check]:
     """What is no layer on both sides, bit for bit."""
     checks = []
     compared = 0
+    names = {key.removeprefix(prefixes[1]): key for key in others[1]}
     for key in opened[0].tensors:
-        if key not in first:
+        if key not in others[0]:
             continue
-        if key not in second:
+        name = names.pop(key.removeprefix(prefixes[0]), None)
+        if name is None:
             if not key.endswith(_COUNTER):
                 checks.append(_failed(key, "not in the candidate"))
             continue
-        a, b = opened[0].tensor(key), opened[1].tensor(key)
+        a, b = opened[0].tensor(key), opened[1].tensor(name)
         compared += a.numel()
         if a.dtype != b.dtype and a.is_floating_point() and b.is_floating_point():
             b = b.to(a.dtype) if a.dtype.itemsize < b.dtype.itemsize else b
@@ -175,7 +194,7 @@ def _other_tensors(opened: tuple[Checkpoint, Checkpoint], first: set[str], secon
             )
             checks.append(_failed(key, told))
     checks += [
-        _failed(key, "not in the reference") for key in sorted(second - first) if not key.endswith(_COUNTER)
+        _failed(key, "not in the reference") for key in sorted(names.values()) if not key.endswith(_COUNTER)
     ]
     if not checks and compared:
         where = f"{compared:,} values that belong to no layer, bit for bit"

@@ -11,51 +11,31 @@ was decided by are closer than their errors.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from reparam.verification.decisions import Decision
 
 _NARROW = (torch.float32, torch.float16, torch.bfloat16)
 _AXIS = {"argmax": 1, "argmin": 1, "topk": 2, "max": 1, "min": 1, "sort": 1}
 _COMPARISONS = ("gt", "lt", "ge", "le", "eq", "ne")
-
-
-@dataclass(frozen=True)
-class Decision:
-    """An index or a truth value, and the numbers it was decided by.
-
-    Attributes:
-        result: integers or bools.
-        left: the numbers; ``right`` those they were compared with, None where the largest or smallest were picked.
-        axis: along which they were picked; None for all of the tensor.
-    """
-
-    result: Tensor
-    left: Tensor
-    right: Tensor | float | None = None
-    axis: int | None = None
-
-    def margin(self, other: Tensor) -> Tensor:
-        """How far the numbers are from deciding ``other`` instead: shape of ``result``, infinite where they cannot."""
-        if self.right is not None:
-            return (self.left.double() - self.right).abs().expand(self.result.shape)
-        data = self.left.double()
-        if self.axis is None or not data.dim():
-            data, want, got, axis = data.reshape(-1), self.result.reshape(-1), other.reshape(-1), 0
-        else:
-            axis, want, got = self.axis, self.result, other
-            if want.dim() < data.dim():
-                want, got = want.unsqueeze(axis), got.unsqueeze(axis)
-        valid = (got >= 0) & (got < data.shape[axis])
-        apart = (data.gather(axis, want) - data.gather(axis, got.clamp(0, data.shape[axis] - 1))).abs()
-        return torch.where(valid, apart, torch.inf).reshape(self.result.shape)
+_PROBABILITIES = ("_softmax", "_log_softmax", "sigmoid")
+#: angles, as long as they live -> what weights were composed of them, and with which radius
+_COMPOSED: MutableMapping[Tensor, tuple[Any, Any, Any]] = WeakTensorKeyDictionary()
+#: models that :func:`in_float64` made
+_EXACT: WeakSet[nn.Module] = WeakSet()
+#: a tensor as it is
+_SAME = ("_to_copy", "alias", "detach")
 
 
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -65,6 +45,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         decisions: in the order they were made.
         touched: addresses of the tensors operations took.
         lookups: address of the table, its rows and the indices, of every lookup.
+        logits: by the result of a softmax or sigmoid, while that is alive, what it was taken of.
     """
 
     def __init__(self) -> None:
@@ -72,15 +53,30 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.decisions: list[Decision] = []
         self.touched: set[int] = set()
         self.lookups: list[tuple[int, int, Tensor]] = []
+        self.logits: MutableMapping[Tensor, Tensor] = WeakTensorKeyDictionary()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         tree_map(self._touch, (args, kwargs))
-        out = self.run(func, args, kwargs or {})
+        if func.namespace == "reparam" and func.overloadpacket.__name__ == "rows":
+            out = self._compose(func, args)
+        else:
+            out = self.run(func, args, kwargs or {})
         self._remember(func, args, kwargs or {}, out)
         return out
 
     def run(self, func: Any, args: Any, kwargs: Any) -> Any:
         return func(*args, **kwargs)
+
+    def _compose(self, func: Any, args: Any) -> Tensor:
+        """The weight of a layer, from its angles once as long as they are the same: that costs more than to use it."""
+        radius, theta, *how = args
+        key = (type(self), theta._version, None if radius is None else radius._version, *how)
+        known, taken, rows = _COMPOSED.get(theta, (None, None, None))
+        if known != key or taken is not radius or rows is None:
+            rows = self.run(func, args, {})
+            _COMPOSED[theta] = key, radius, rows
+        assert isinstance(rows, Tensor)
+        return rows
 
     def _touch(self, value: Any) -> None:
         if isinstance(value, Tensor) and value.numel():
@@ -105,7 +101,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             at = 2 if name == "sort" and overload == "stable" else _AXIS[name]
             axis = args[at] if len(args) > at else kwargs.get("dim", -1 if name in ("topk", "sort") else None)
             self.decisions.append(Decision(result, args[0], axis=axis))
-        elif name in ("_to_copy", "alias", "detach") and isinstance(args[0], Tensor):
+        elif name in _PROBABILITIES:
+            self.logits[out] = args[0]
+        elif name in _SAME and isinstance(args[0], Tensor) and args[0] in self.logits:
+            self.logits[out] = self.logits[args[0]]
+        elif name in _SAME and isinstance(args[0], Tensor):
             for decision in self.decisions:
                 if decision.result is args[0] and out.shape == args[0].shape and not out.is_floating_point():
                     self.decisions.append(Decision(out, decision.left, decision.right, decision.axis))
@@ -161,10 +161,12 @@ class Run:
     Attributes:
         outputs: its tensors, in the order ONNX has them.
         recorder: what was remembered.
+        names: of the outputs, None for those the model gives no name.
     """
 
     outputs: list[Tensor]
     recorder: Recorder = field(repr=False)
+    names: list[str | None] = field(default_factory=list)
 
     def decision(self, index: int) -> tuple[int, Decision] | None:
         """The decision an output is, and how many were made before; None where it is none."""
@@ -173,10 +175,23 @@ class Run:
                 return i, decision
         return None
 
+    def logits(self, index: int) -> Tensor | None:
+        """What an output is the softmax or sigmoid of; None where it is none."""
+        return self.recorder.logits.get(self.outputs[index])
+
+
+def reference_copy(reference: nn.Module) -> nn.Module:
+    """A copy in evaluation mode."""
+    return copy.deepcopy(reference).eval()
+
 
 def in_float64(model: nn.Module) -> nn.Module:
-    """A copy with float64 parameters and buffers, in evaluation mode."""
-    return copy.deepcopy(model).double().eval()
+    """A copy with float64 parameters and buffers, in evaluation mode; one that was made so is it itself."""
+    if model in _EXACT:
+        return model
+    exact = copy.deepcopy(model).double().eval()
+    _EXACT.add(exact)
+    return exact
 
 
 def run(model: nn.Module, inputs: Sequence[Tensor], recorder: Recorder | None = None) -> Run:
@@ -192,7 +207,7 @@ def run(model: nn.Module, inputs: Sequence[Tensor], recorder: Recorder | None = 
     given = [x.double() if wide and x.is_floating_point() else x for x in inputs]
     with torch.no_grad(), _default(torch.float64 if wide else torch.get_default_dtype()), recorder:
         output = model(*given)
-    return Run(flatten(output), recorder)
+    return Run(flatten(output), recorder, _names(output))
 
 
 def flatten(output: Any) -> list[Tensor]:
@@ -204,6 +219,15 @@ def flatten(output: Any) -> list[Tensor]:
     if isinstance(output, list | tuple):
         return [tensor for item in output for tensor in flatten(item)]
     return []
+
+
+def _names(output: Any) -> list[str | None]:
+    """The keys of a mapping's tensors; None for tensors deeper inside, and for all of any other output."""
+    if not isinstance(output, Mapping):
+        return [None] * len(flatten(output))
+    return [
+        str(key) if tensor is value else None for key, value in output.items() for tensor in flatten(value)
+    ]
 
 
 @contextmanager

@@ -95,9 +95,13 @@ def open_session(
             folder = "session.model_external_initializers_file_folder_path"
             options.add_session_config_entry(folder, str(path.resolve().parent))
         given = [(provider, {"use_tf32": "0"})] if provider == CUDA else [provider]
-        session = ort.InferenceSession(source, options, providers=given)
+        # By itself it goes on with another provider where one fails, on loading and on running, and prints so.
+        ort.set_default_logger_severity(4)  # why CUDA's libraries do not load is raised too
+        session = ort.InferenceSession(source, options, providers=given, enable_fallback=0)
     except Exception as error:  # as above
         raise RuntimeFailed(line(error)) from error
+    finally:
+        ort.set_default_logger_severity(2)  # as it is by default
     used = session.get_providers()
     if used[0] != provider:
         raise RuntimeFailed(f"{provider} did not load, ONNX Runtime would use {used[0]} instead")

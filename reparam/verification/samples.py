@@ -2,6 +2,7 @@
 
 noise of deviation 0.1, 1, 10   ×   leading axes of 1, 2, 7, other dynamic axes of 32, 64, 96 in turn
 integers                        below the size of the table they are looked up in
+masks: those nothing looks up   ones, then zeros: sequences of several lengths
 real data                       where given, as it is
 """
 
@@ -21,6 +22,8 @@ from reparam.verification.exact import Float64, in_float64, run
 
 NOISE = (0.1, 1.0, 10.0)
 _FIRST, _OTHER = (1, 2, 7), (32, 64, 96)
+#: real inputs that are computed at a time
+_BATCH = 128
 
 
 @dataclass(frozen=True)
@@ -58,10 +61,12 @@ def samples(
     yield from refused
     highs = [None if spec.is_float else _rows(model, specs, i) for i, spec in enumerate(specs)]
     loudness = NOISE if any(spec.is_float for spec in specs) else NOISE[1:2]
-    # Integers have no loudness: more draws instead.
     for scale, sizes in itertools.product(loudness, accepted):
         inputs = tuple(
-            spec.sample(generator, sizes, scale, high) for spec, high in zip(specs, highs, strict=True)
+            _mask(spec, generator, sizes)
+            if high is None and spec.dtype in ("int64", "int32") and len(spec.axes) > 1
+            else spec.sample(generator, sizes, scale, high)
+            for spec, high in zip(specs, highs, strict=True)
         )
         yield Sample(f"scale {scale:g}", inputs, sizes)
     for inputs in data:
@@ -102,8 +107,21 @@ def _refusal(model: nn.Module, specs: Sequence[InputSpec], sizes: Mapping[str, i
     return None
 
 
-def _rows(model: nn.Module, specs: Sequence[InputSpec], index: int) -> int:
-    """Below what the integers of an input must stay: seen by which lookups follow it from all 0 to all 1."""
+def _mask(spec: InputSpec, generator: torch.Generator, sizes: Mapping[str, int]) -> Tensor:
+    """Ones, then zeros, along the last axis, as sequences of several lengths are padded.
+
+    No coins: an attention of which a mask leaves nothing is a matter of taste, to which runtimes differ.
+    """
+    shape = spec.shape(sizes)
+    lengths = torch.randint(1, shape[-1] + 1, shape[:-1], generator=generator)
+    return (torch.arange(shape[-1]) < lengths.unsqueeze(-1)).to(spec.torch_dtype)
+
+
+def _rows(model: nn.Module, specs: Sequence[InputSpec], index: int) -> int | None:
+    """Below what the integers of an input must stay: seen by which lookups follow it from all 0 to all 1.
+
+    None if no lookup does.
+    """
     sizes = {axis: 3 for spec in specs for axis in spec.dynamic}
     found = []
     for value in (0, 1):
@@ -117,13 +135,19 @@ def _rows(model: nn.Module, specs: Sequence[InputSpec], index: int) -> int:
     highs = [
         rows - max(0, int(zeros.max()))  # an offset added to the ids before
         for (_, rows, zeros), (_, _, ones) in zip(*found, strict=False)
-        if zeros.shape == ones.shape and zeros.numel() and not torch.equal(zeros, ones)
+        if zeros.shape == ones.shape and zeros.numel() and _looked_up(zeros, ones)
     ]
-    return max(FEWEST, min(highs, default=FEWEST))
+    return max(FEWEST, min(highs)) if highs else None
+
+
+def _looked_up(zeros: Tensor, ones: Tensor) -> bool:
+    """Whether indices follow an input by ones; those of positions that a mask counts go up by more."""
+    apart = ones - zeros
+    return bool((apart == 1).any()) and bool(((apart == 0) | (apart == 1)).all())
 
 
 def load_data(path: Path, specs: Sequence[InputSpec]) -> list[tuple[Tensor, ...]]:
-    """Real inputs from a file of tensors: safetensors, a PyTorch file, npz or npy.
+    """Real inputs from a file of tensors: safetensors, a PyTorch file, npz or npy; in batches, where batches are dynamic.
 
     Args:
         path: its tensors have the names of the inputs; a single one may have any.
@@ -152,7 +176,10 @@ def load_data(path: Path, specs: Sequence[InputSpec]) -> list[tuple[Tensor, ...]
         if spec.is_float and not bool(torch.isfinite(value).all()):
             raise DataError(f"{path}: `{spec.name}` holds NaN or Inf")
         inputs.append(value.to(spec.torch_dtype))
-    return [tuple(inputs)]
+    leading = {spec.axes[0] if spec.axes else 0 for spec in specs}
+    if len(leading) > 1 or not isinstance(leading.pop(), str):
+        return [tuple(inputs)]
+    return list(zip(*(torch.split(value, _BATCH) for value in inputs), strict=True))
 
 
 def _read(path: Path) -> dict[str, Tensor]:

@@ -20,8 +20,8 @@ from reparam.onnxfile.mapping import find_map
 from reparam.onnxfile.reading import read_graph, read_initializers
 from reparam.onnxfile.weight_map import WeightMap
 from reparam.verification.algebra import check_graph, compare_models
-from reparam.verification.deployment import compare_onnx, reference_copy
-from reparam.verification.exact import in_float64
+from reparam.verification.deployment import compare_onnx
+from reparam.verification.exact import in_float64, reference_copy
 from reparam.verification.locating import locate
 from reparam.verification.pools import Tolerance
 from reparam.verification.report import Check, Report
@@ -68,15 +68,16 @@ def verify_onnx(
     plain = copy.deepcopy(folded).eval() if folded is not None else fold(original)
     plain = plain.to(deployed_dtype(model))
     found = weight_map or _map(model, path, plain)
-    few = [s for s in samples(original, specs, seed) if isinstance(s, Sample)]
-    loud = [s for s in few if s.group == "scale 1"][:_ALGEBRA_SAMPLES]
+    exact = in_float64(original)
+    inputs = list(samples(exact, specs, seed, data))
+    loud = [s for s in inputs if isinstance(s, Sample) and s.group == "scale 1"][:_ALGEBRA_SAMPLES]
 
     used = used_keys(plain, loud[0].inputs) if loud else set()
     weights = check_weights(path, model, found, plain.state_dict(), used)
-    algebra, notes = _algebra(original, path, model, found, loud)
+    algebra, notes = _algebra(exact, path, model, found, loud)
     deployed = compare_onnx(
-        reference, path, specs, seed, outputs=outputs, data=data, tolerance=tolerance, tolerances=tolerances
-    )
+        reference, path, specs, outputs=outputs, tolerance=tolerance, tolerances=tolerances, exact=exact, inputs=inputs
+    )  # fmt: skip
     report = Report(
         (*weights.checks, *algebra, *deployed.checks),
         (*weights.notes, *notes, *deployed.notes),
@@ -109,16 +110,17 @@ def verify_models(
 
 
 def _algebra(
-    original: nn.Module,
+    exact: nn.Module,
     path: Path,
     model: onnx.ModelProto,
     weight_map: WeightMap,
     few: Sequence[Sample],
 ) -> tuple[tuple[Check, ...], tuple[str, ...]]:
     checks: tuple[Check, ...] = ()
-    if any(isinstance(module, Reparameterized) for module in original.modules()):
-        checks = compare_models(original, fold(in_float64(original)), few, "folded model")
-    graph, notes = check_graph(fold(in_float64(original)), path, model, weight_map, few)
+    folded = in_float64(fold(exact))
+    if any(isinstance(module, Reparameterized) for module in exact.modules()):
+        checks = compare_models(exact, folded, few, "folded model")
+    graph, notes = check_graph(folded, path, model, weight_map, few)
     return (*checks, *graph), notes
 
 

@@ -84,7 +84,8 @@ def check_weights(
     unknown = [
         value for name, value in initializers.items() if name not in weight_map.sources and _may_hold(value)
     ]
-    lost, notes = _lost(weight_map, state, used), []
+    free = [value for name, value in initializers.items() if name not in weight_map.sources]
+    lost, notes = _lost(weight_map, state, used, free), []
     for key in lost:
         alike = [value for value in unknown if _could_be(value, key, state[key])]
         if alike or not unknown:
@@ -157,11 +158,30 @@ def _may_hold(value: Initializer) -> bool:
     return value.dtype is not None and value.dtype.is_floating_point and int(np.prod(value.shape)) > 1
 
 
-def _lost(weight_map: WeightMap, state: Mapping[str, Tensor], used: Collection[str]) -> list[str]:
-    """Used keys that no initializer holds; tied ones are held by any of them."""
-    held = {key for source in weight_map.sources.values() for key in source.keys}
-    places = {_place(state[key]) for key in held if key in state}
-    return [key for key in state if key in used and key not in held and _place(state[key]) not in places]
+def _lost(
+    weight_map: WeightMap,
+    state: Mapping[str, Tensor],
+    used: Collection[str],
+    free: Collection[Initializer],
+) -> list[str]:
+    """Used keys that no initializer holds, neither one of the map nor one of the ``free``, whose source is not known.
+
+    Tied ones are held by any of them. So are equal ones, of which exporters keep one. A bias of zeros needs no place at
+    all: exporters drop what adds nothing, and a weight of zeros that is lost shows in what the graph computes.
+    """
+    held = {key for source in weight_map.sources.values() for key in source.keys if key in state}
+    places = {_place(state[key]) for key in held}
+
+    def is_held(key: str, value: Tensor) -> bool:
+        return (
+            key in held
+            or _place(value) in places
+            or not bool(value.any())
+            or any(same_bits(value, state[other]) for other in held)
+            or any(other.shape == value.shape and same_bits(value, other.tensor()) for other in free)
+        )
+
+    return [key for key, value in state.items() if key in used and not is_held(key, value)]
 
 
 def used_keys(model: nn.Module, inputs: Sequence[Tensor]) -> set[str]:

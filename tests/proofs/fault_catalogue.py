@@ -1,4 +1,4 @@
-"""Two tables: which proof catches which fault at which type, and files without a fault, which must pass.
+"""Two tables: which proof catches which fault at which type, and where; and files without a fault, which must pass.
 
 python tests/proofs/fault_catalogue.py        writes fault_catalogue.json beside it
 """
@@ -115,8 +115,8 @@ CLEAN: dict[str, tuple[Callable[[], nn.Module], list[InputSpec], str, str]] = {
 }  # fmt: skip
 
 
-def _caught(folder: Path) -> dict[str, dict[str, str]]:
-    found: dict[str, dict[str, str]] = {name: {} for name in FAULTS}
+def _caught(folder: Path) -> dict[str, dict[str, dict[str, Any]]]:
+    found: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in FAULTS}
     for kind in TYPES:
         bases = {n: exported(b(), s, folder / f"{n}.{kind}.onnx", kind) for n, (b, s) in NETWORKS.items()}
         for name, fault in FAULTS.items():
@@ -124,7 +124,7 @@ def _caught(folder: Path) -> dict[str, dict[str, str]]:
                 continue
             report = bases[fault.network].verify(faulty(bases[fault.network], fault, folder / "faulty.onnx"))
             proofs = [p for p in PROOFS if any(not check.passed for check in report.proof(p))]
-            found[name][kind] = ", ".join(proofs)
+            found[name][kind] = {"proofs": ", ".join(proofs), "key": report.diverges}
     return found
 
 
@@ -160,17 +160,25 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         faults = _caught(Path(folder))
         for name, row in faults.items():
-            print(f"{name:34} " + "  ".join(f"{kind} {row.get(kind, '—') or 'MISSED':30}" for kind in TYPES))
+            told = {kind: f"{r['proofs'] or 'MISSED'} {r['key'] or ''}" for kind, r in row.items()}
+            print(f"{name:34} " + "  ".join(f"{kind} {told.get(kind, '—'):42}" for kind in TYPES))
         print(f"\n{'clean file':26} verdict, largest error over the original's own (10 allowed)")
         clean = _clean(Path(folder))
     value = {"seconds": round(time.perf_counter() - start), "faults": faults, "clean": clean}
     (Path(__file__).parent / "fault_catalogue.json").write_text(json.dumps(value, indent=1) + "\n")
-    missed = [name for name, row in faults.items() if not all(row.values())]
+    missed = [name for name, row in faults.items() if not all(found["proofs"] for found in row.values())]
+    misplaced = [
+        f"{name} at {kind}: {found['key']}"
+        for name, row in faults.items()
+        for kind, found in row.items()
+        if not FAULTS[name].is_named(found["key"])
+    ]
     alarms = [name for name, rows in clean.items() if not all(row["passed"] for row in rows)]
     print(
-        f"\n{len(faults)} faults, missed: {missed or 'none'}; {len(clean)} clean × {SEEDS}: {alarms or 'no false alarm'}"
+        f"\n{len(faults)} faults, missed: {missed or 'none'}, misplaced: {misplaced or 'none'}; "
+        f"{len(clean)} clean × {SEEDS}: {alarms or 'no false alarm'}"
     )
-    return 1 if missed or alarms else 0
+    return 1 if missed or misplaced or alarms else 0
 
 
 if __name__ == "__main__":

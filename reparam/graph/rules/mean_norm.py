@@ -26,7 +26,11 @@ CALIBRATE = "calibrate"
 
 
 def insert_means(
-    model: nn.Module, kind: Literal["mn", "mbn"], names: Collection[str], momentum: float = 0.01
+    model: nn.Module,
+    kind: Literal["mn", "mbn"],
+    names: Collection[str],
+    momentum: float = 0.01,
+    calibrated: bool = False,
 ) -> list[Outcome]:
     """Normalize the means of some reparameterized layers, in place.
 
@@ -38,6 +42,7 @@ def insert_means(
         kind: "mn" for the mean of every input channel, "mbn" for that of every unit's pre-activation.
         names: of the layers, as in ``named_modules``; one under two names is normalized once.
         momentum: torch's convention; 0.01 is the paper's.
+        calibrated: the caller goes on to :func:`calibrate_means`: no outcome says that means are zero.
 
     Returns:
         One outcome a layer, in the order of ``named_modules``.
@@ -48,7 +53,7 @@ def insert_means(
     captured = capture(model)
     chosen = named_layers(model, names)
     return [
-        Outcome(_RULES[kind], name, *_insert(captured, module, kind, momentum))
+        Outcome(_RULES[kind], name, *_insert(captured, module, kind, momentum, calibrated))
         for module, name in chosen.items()
     ]
 
@@ -103,7 +108,9 @@ def calibrate_means(model: nn.Module, batches: Iterable[Any]) -> list[Outcome]:
     ]
 
 
-def _insert(captured: Capture, module: nn.Module, kind: str, momentum: float) -> tuple[bool, str]:
+def _insert(
+    captured: Capture, module: nn.Module, kind: str, momentum: float, calibrated: bool
+) -> tuple[bool, str]:
     if not isinstance(module, Reparameterized):
         return False, f"{type(module).__name__} is not reparameterized: convert it first"
     biases = [module.tensors(name)[h.bias_role] for name, h in module.held.items() if h.bias_role is not None]
@@ -115,7 +122,11 @@ def _insert(captured: Capture, module: nn.Module, kind: str, momentum: float) ->
         module.normalize_mean(kind, momentum)
     except ReparamError as error:
         return False, str(error)
-    done = "the running mean is zero until calibrated"
+    done = (
+        "the running mean is set by calibration"
+        if calibrated
+        else "the running mean is zero until calibrated"
+    )
     if module.gained_bias and not gained:
         done += ", gained a bias"
     calls = len(captured.calls(module))

@@ -19,8 +19,9 @@ from torch import fx, nn
 from reparam.errors import ReparamError
 from reparam.graph.capture import Capture, capture
 from reparam.graph.outcome import Outcome
+from reparam.graph.passing import HOMOGENEOUS, LINEAR, operation
 from reparam.graph.rewritten import Rewritten, has_hooks, obstacle
-from reparam.graph.walk import HOMOGENEOUS, LINEAR, only_input, operation, takes_no_values
+from reparam.graph.walk import only_input, require_batches, takes_no_values
 from reparam.layers import Reparameterized
 from reparam.layers.geometric import scale_units
 
@@ -63,6 +64,7 @@ def place_scales(model: nn.Module, names: Collection[str] | None = None) -> tupl
             outcomes.append(Outcome(RULE, name, False, after))
     if captured.graph is None or not any(outcome.applied for outcome in outcomes):
         return model, outcomes
+    require_batches(captured)
     return Rewritten.of(model, captured.graph), outcomes
 
 

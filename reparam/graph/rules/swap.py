@@ -18,7 +18,7 @@ from reparam.errors import ReparamError
 from reparam.graph.inplace import become, named_layers, sharers
 from reparam.graph.outcome import Outcome
 from reparam.layers import Reparameterized, layer_class
-from reparam.layers.kinds import KINDS, bias_name, weight_names
+from reparam.layers.kinds import KINDS, bias_name, class_name, weight_names
 
 RULE = "swap"
 
@@ -53,9 +53,11 @@ def swap_layers(model: nn.Module, form: str, names: Collection[str]) -> list[Out
             layer = cls.from_plain(module)
         except ReparamError as error:
             raise type(error)(f"`{name}`: {error}") from error
+        # Its children are the ones that others hold and that may be exchanged themselves, not copies.
+        layer._modules.update({child: m for child, m in module._modules.items() if child in layer._modules})
         weights = tuple(id(module._parameters[weight]) for weight in layer.held)
         owner, owner_name = first.setdefault(weights, (module, name))
-        why = f"{type(module).__name__} is {type(layer).__name__}"
+        why = f"{class_name(type(module))} is {class_name(type(layer))}"
         if owner is not module:
             share(made[owner], layer)
             why += f", sharing its weight with `{owner_name}`"

@@ -19,7 +19,7 @@ from reparam.graph.capture import Capture, capture
 from reparam.graph.columns import linear_kind, scaled_columns
 from reparam.graph.inplace import become, fixed, named, named_layers
 from reparam.graph.outcome import Outcome
-from reparam.graph.walk import Consumer, linear_consumers
+from reparam.graph.walk import Consumer, linear_consumers, require_batches
 from reparam.layers import Reparameterized, layer_class
 from reparam.layers.unit_norm import UnitNormForm
 
@@ -50,7 +50,9 @@ def unit_norms(model: nn.Module, names: Collection[str]) -> list[Outcome]:
         return [Outcome(RULE, "", False, captured.untraceable)]
     called = [module for node in captured.nodes() if (module := captured.module(node)) in chosen]
     order = dict.fromkeys([*called, *chosen])
-    return [Outcome(RULE, captured.names(m)[0], *_bring_in(captured, m)) for m in order if m is not None]
+    outcomes = [Outcome(RULE, captured.names(m)[0], *_bring_in(captured, m)) for m in order if m is not None]
+    require_batches(captured)
+    return outcomes
 
 
 @torch.no_grad()

@@ -1,0 +1,128 @@
+"""Whether a converted network computes what the original computes: its outputs, which know nothing of rules and graphs.
+
+    |converted(x) − original(x)|  ≤  16 · |perturbed(x) − original(x)|          all in float64
+
+``perturbed`` is the original with every parameter off by a rounding of its own dtype, seeded: what any other way to hold
+them may cost. A factor at the wrong layer, a bias lost, a sign on the wrong side of a max-pool costs far more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from reparam.errors import CheckFailedError, ReparamError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+#: times what a rounding of every parameter changes
+_MARGIN = 16.0
+#: of the output's scale: float64's own, over a whole network
+_FLOOR = 1e-12
+
+
+@dataclass(frozen=True)
+class OutputsCompared:
+    """What a comparison of outputs found.
+
+    Attributes:
+        inputs: how many were run.
+        max_rel: largest difference, as a share of its output's largest value.
+        tolerance: the largest that rounding explains.
+    """
+
+    inputs: int
+    max_rel: float
+    tolerance: float
+
+
+def seeded_inputs(model: nn.Module, specs: Sequence[str], seed: int = 0) -> list[tuple[Tensor, ...]]:
+    """Noise of deviation 1 at up to three batch sizes, integers within the table they are looked up in.
+
+    Args:
+        model: that takes them positionally.
+        specs: as ``--input`` has them.
+        seed: of the noise.
+
+    Raises:
+        ReparamError: a specification cannot be read, or the network does not take such inputs.
+    """
+    from reparam.graph import parse_spec
+    from reparam.verification.samples import Sample, samples
+
+    found = list(samples(model, [parse_spec(spec) for spec in specs], seed))
+    inputs = [s.inputs for s in found if isinstance(s, Sample) and s.group == "scale 1"]
+    if not inputs:
+        told = next((s for s in found if isinstance(s, str)), "it takes none")
+        raise ReparamError(f"--input {' '.join(specs)}: {told}")
+    return inputs
+
+
+def compare_outputs(
+    original: nn.Module, converted: nn.Module, inputs: Sequence[tuple[Tensor, ...]]
+) -> OutputsCompared | None:
+    """Run both in float64 and evaluation mode; None where the original gives no finite numbers to compare with.
+
+    Args:
+        original, converted: not changed; in any parameterization.
+        inputs: positional; at least one.
+
+    Raises:
+        CheckFailedError: outputs differ in number or shape, by more than rounding explains, or one is finite alone.
+    """
+    import torch
+
+    from reparam.verification.exact import in_float64
+
+    # One wide copy at a time: a network may be large.
+    want = _outputs(in_float64(original), inputs)
+    got = _outputs(in_float64(converted), inputs)
+    near = _outputs(_perturbed(original), inputs)
+    if [t.shape for t in want] != [t.shape for t in got]:
+        raise CheckFailedError(_told("gives other outputs or shapes"))
+    error = noise = 0.0
+    compared = False
+    for a, b, c in zip(want, got, near, strict=True):
+        finite = a.isfinite()  # masked logits are −Inf
+        if not a.is_floating_point() or not finite.any():
+            continue
+        compared = True
+        scale = float(a[finite].abs().amax()) or 1.0
+        apart, moved = (float((x - a)[finite].abs().nan_to_num(torch.inf).amax()) / scale for x in (b, c))
+        error, noise = max(error, apart, torch.inf if b[~finite].isfinite().any() else 0.0), max(noise, moved)
+    if not compared:
+        return None
+    tolerance = max(_MARGIN * noise, _FLOOR)
+    if error > tolerance:
+        raise CheckFailedError(
+            _told(f"differs by {error:.1e} of its outputs' scale, rounding explains {tolerance:.1e}")
+        )
+    return OutputsCompared(len(inputs), error, tolerance)
+
+
+def _outputs(model: nn.Module, inputs: Sequence[tuple[Tensor, ...]]) -> list[Tensor]:
+    """All outputs on all inputs."""
+    from reparam.verification.exact import Float64, run
+
+    return [tensor for given in inputs for tensor in run(model, given, Float64()).outputs]
+
+
+def _told(what: str) -> str:
+    return f"the converted network {what}; nothing was written: please report this"
+
+
+def _perturbed(original: nn.Module) -> nn.Module:
+    import torch
+
+    from reparam.verification.exact import in_float64
+
+    model, generator = in_float64(original), torch.Generator().manual_seed(0)
+    dtypes = {name: p.dtype for name, p in original.named_parameters()}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.is_floating_point():
+                signs = torch.randint(0, 2, parameter.shape, generator=generator).to(parameter) * 2 - 1
+                parameter.mul_(1 + torch.finfo(dtypes[name]).eps / 2 * signs)
+    return model

@@ -1,0 +1,216 @@
+"""One file on one provider against the original: errors of every output, by the rule that its own errors give.
+
+The original's own rounding error at the deployed dtype, on the same inputs, says how far the file may be off
+(:mod:`~reparam.verification.pools`); its logits are held to it too where it gives probabilities. What no rounding
+explains is a failure of its own: NaN and Inf, another shape, type, name or number of outputs, an axis that is fixed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import onnx
+import torch
+from torch import Tensor, nn
+
+from reparam.graph.inputs import InputSpec
+from reparam.verification.exact import Float64, Run, reference_copy, run
+from reparam.verification.logits import logits_of
+from reparam.verification.pools import MAX_FACTOR, Pool, Tolerance
+from reparam.verification.report import Check
+from reparam.verification.runtime import CPU, RuntimeFailed, Session, line, open_session
+from reparam.verification.samples import Sample
+from reparam.verification.structure import value_fault
+
+
+@dataclass(frozen=True)
+class Deployed:
+    """The file on one provider.
+
+    Attributes:
+        session: as it is.
+        behind: by name of an output the value in the file that it is the softmax or sigmoid of.
+        logits: the file with these values for outputs; None where there are none.
+    """
+
+    session: Session
+    behind: Mapping[str, str]
+    logits: Session | None
+
+
+def deploy(
+    model: onnx.ModelProto, path: Path, tolerances: Mapping[str, Tolerance | None], provider: str = CPU
+) -> Deployed:
+    """Load the file. Where the user says how near an output is to be, its logits are left out.
+
+    Raises:
+        RuntimeFailed: it does not load.
+    """
+    session = open_session(model, path, provider=provider)
+    behind = {name: inner for name, inner in logits_of(model).items() if tolerances[name] is None}
+    # A session of its own: with more outputs a runtime may fuse other nodes than in the file that is deployed.
+    names = list(dict.fromkeys(behind.values()))
+    return Deployed(session, behind, open_session(model, path, names, provider) if names else None)
+
+
+class Comparison:
+    """The original at two precisions, and what they say about a session."""
+
+    def __init__(
+        self,
+        reference: nn.Module,
+        specs: Sequence[InputSpec],
+        dtype: torch.dtype,
+        tolerances: Mapping[str, Tolerance | None],
+        exact: nn.Module,
+    ) -> None:
+        self.specs, self.tolerances = specs, tolerances
+        self.exact, self.own = exact, reference_copy(reference)
+        if _dtype(reference) != dtype:
+            self.own = self.own.to(dtype)
+        self.dtype = dtype
+        self.notes: list[str] = []
+
+    def judge(self, deployed: Deployed, inputs: Iterable[Sample | str]) -> list[Check]:
+        """Checks of all outputs, or the one that ended it."""
+        pools = [Pool(name, self.tolerances[name]) for name in deployed.session.outputs]
+        logits: dict[str, Pool] = {}
+        used: list[Sample] = []
+        for sample in inputs:
+            if isinstance(sample, str):
+                self._note(sample)
+                continue
+            fault = self._add(deployed, sample, pools, logits)
+            if fault is not None:
+                return [fault]
+            used.append(sample)
+        if not used:
+            return [
+                Check("reference", False, where="the original takes none of the inputs --input describes")
+            ]
+        for axis in dict.fromkeys(axis for spec in self.specs for axis in spec.dynamic):
+            seen = {sample.sizes[axis] for sample in used if axis in sample.sizes}
+            if len(seen) < 2:
+                told = f"the original takes {axis}={min(seen)} alone: write {min(seen)} instead of {axis} in --input"
+                return [Check("dynamic axes", False, where=told)]
+        return [check for pool in (*pools, *logits.values()) for check in pool.checks()]
+
+    def _add(
+        self, deployed: Deployed, sample: Sample, pools: list[Pool], logits: dict[str, Pool]
+    ) -> Check | None:
+        session = deployed.session
+        given = tuple(
+            x.to(kind) if kind is not None and x.is_floating_point() else x
+            for x, kind in zip(sample.inputs, session.inputs, strict=True)
+        )
+        mode = Float64()
+        y = run(self.exact, given, mode)
+        try:
+            f = run(self.own, given)
+        except (RuntimeError, NotImplementedError) as error:
+            told = f"the original does not run in {self.dtype}: {line(error)}"
+            return Check("reference", False, where=told)
+        if mode.widened:
+            self._note("the original asks for a narrower type in its forward pass: taken as float64")
+        try:
+            got = session.run(given)
+        except RuntimeFailed as error:  # a baked-in axis may end here
+            return Check("runs in ONNX Runtime", False, where=f"{sample}: {error}")
+        if len(got) != len(y.outputs):
+            text = f"the file has {len(got)} outputs, the original {len(y.outputs)}"
+            return Check("outputs", False, where=text)
+        if set(session.outputs) & set(y.names) and any(
+            known not in (None, name) for known, name in zip(y.names, session.outputs, strict=True)
+        ):
+            text = f"the file gives {session.outputs}, the original {[name or '…' for name in y.names]}"
+            return Check("outputs", False, where=text)
+        for i, pool in enumerate(pools):
+            tensors = y.outputs[i], f.outputs[i], got[i]
+            kind = session.types[i]
+            fault = value_fault(*tensors, kind)
+            if fault is None and not tensors[1].is_floating_point():
+                pool.floating = False
+                fault = _decided(y, f, got[i], i, pool)
+            if fault is not None:
+                return replace(fault, where=f"output {pool.name}, {sample}: {fault.where}{_order(y, got, i)}")
+            if pool.floating and bool(torch.isfinite(tensors[1]).all()):
+                pool.add(sample.group, str(sample), *tensors)
+            elif pool.floating:
+                self._note(f"the original itself overflows {self.dtype} on {sample}: left out")
+        return self._add_logits(deployed, sample, given, y, f, logits)
+
+    def _add_logits(
+        self,
+        deployed: Deployed,
+        sample: Sample,
+        given: Sequence[Tensor],
+        y: Run,
+        f: Run,
+        pools: dict[str, Pool],
+    ) -> Check | None:
+        """The same for what outputs are the softmax or sigmoid of, where both the file and the original have it."""
+        if deployed.logits is None or all(y.logits(i) is None for i in range(len(y.outputs))):
+            return None
+        try:
+            values = dict(zip(deployed.logits.outputs, deployed.logits.run(given), strict=True))
+        except RuntimeFailed as error:
+            return Check("runs in ONNX Runtime", False, where=f"{sample}: {error}")
+        for i, name in enumerate(deployed.session.outputs):
+            exact, own = y.logits(i), f.logits(i)
+            got = values.get(deployed.behind.get(name, ""))
+            # A softmax over another layout has others; a mask's −∞ has no error.
+            if exact is None or own is None or got is None or got.shape != exact.shape:
+                continue
+            if not bool(torch.isfinite(exact).all() and torch.isfinite(own).all()):
+                continue
+            told = f"{name} (its logits)"
+            if not bool(torch.isfinite(got).all()):
+                return Check("finite", False, where=f"output {told}, {sample}: the file gives NaN or Inf")
+            pools.setdefault(name, Pool(told)).add(sample.group, str(sample), exact, own, got)
+        return None
+
+    def _note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes.append(text)
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    """The floating type most of a model's parameters and buffers have."""
+    counts: dict[torch.dtype, int] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point():
+            counts[tensor.dtype] = counts.get(tensor.dtype, 0) + tensor.numel()
+    return max(counts, key=lambda dtype: counts[dtype]) if counts else torch.float32
+
+
+def _decided(y: Run, f: Run, got: Tensor, index: int, pool: Pool) -> Check | None:
+    """Integers and truth values may differ where the numbers they were decided by are within their error of a tie."""
+    want = y.outputs[index]
+    wrong = got != want
+    if not bool(wrong.any()):
+        return None
+    told = f"{int(wrong.sum())} of {want.numel()} values differ"
+    found = y.decision(index)
+    if found is None:
+        return Check("equal", False, where=told)
+    at, decision = found
+    decided = f.recorder.decisions
+    error = decision.error(decided[at] if at < len(decided) else None)
+    margin = decision.margin(got)[wrong]
+    if float(margin.max()) > MAX_FACTOR * error:
+        return Check(
+            "equal", False, float(margin.max()), where=f"{told}, by margins up to {float(margin.max()):.1e}"
+        )
+    pool.forgiven += int(wrong.sum())
+    return None
+
+
+def _order(y: Run, got: list[Tensor], index: int) -> str:
+    """A hint where the file gives another output in this one's place."""
+    for i, want in enumerate(y.outputs):
+        same = i != index and want.shape == got[index].shape and want.is_floating_point()
+        if same and bool(torch.allclose(got[index].double(), want, rtol=1e-3, atol=1e-5)):
+            return f"; it looks like output {i} of the original: are the outputs in another order?"
+    return ""

@@ -1,0 +1,228 @@
+"""A refitted file without the network its weights are from: what can be shown by the file, its template and the weights.
+
+    weights       every initializer of the map is made of the state_dict, bit for bit; every other byte is the template's
+    deployment    ONNX Runtime computes what the same graph computes in float64, judged as an original is, on seeded
+                  inputs of the sizes that the template takes
+
+So the file is the template's function with these weights. That it is the function of the network the checkpoint was
+trained in is not shown: only the network itself can.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx
+import torch
+from torch import Tensor
+
+from reparam.errors import CheckpointError
+from reparam.graph.inputs import InputSpec
+from reparam.onnxfile import transforms
+from reparam.onnxfile.reading import Initializer, read_graph, tensors
+from reparam.onnxfile.weight_map import Source, WeightMap
+from reparam.verification.operators import evaluator
+from reparam.verification.pools import Pool
+from reparam.verification.report import Check, Report
+from reparam.verification.runtime import RuntimeFailed, Session, line, open_session
+from reparam.verification.samples import NOISE, Sample
+from reparam.verification.weights import check_weights
+
+if TYPE_CHECKING:
+    from onnx.reference import ReferenceEvaluator
+
+UNPROVEN = (
+    "algebra: not run, no network is known: that the template's graph is the checkpoint's network was not proven "
+    "(--arch proves it)"
+)
+#: extents of the dynamic axes, leading ones and others, at a time; all of them at the usual loudness alone
+_SIZES, _USUAL = ((1, 32), (2, 64), (3, 96), (1, 3)), 1.0
+_NUMBERS = ("raw_data", "float_data", "int32_data", "int64_data", "double_data", "uint64_data")
+
+
+def verify_refit(
+    template: Path,
+    path: Path,
+    weights: WeightMap,
+    state: Mapping[str, Tensor],
+    specs: Sequence[InputSpec],
+    data: Sequence[tuple[Tensor, ...]] = (),
+    seed: int = 0,
+) -> Report:
+    """Prove of a refitted file what can be proven without its network.
+
+    Args:
+        template: the file whose graph it has.
+        path: the file.
+        weights: where its initializers come from.
+        state: the plain state_dict they are made of.
+        specs: its inputs, by the file's names.
+        data: real inputs.
+        seed: of the other inputs.
+    """
+    model = read_graph(path)
+    # A foreign exporter's rounding was recognized in the template; what was put in its place is exact.
+    exact = {
+        name: Source(
+            source.keys, source.transform, {k: v for k, v in source.settings.items() if k != "within"}
+        )
+        for name, source in weights.sources.items()
+    }
+    proof = check_weights(path, model, WeightMap(exact), state)
+    checks = (*proof.checks, check_template(template, path, weights))
+    try:
+        deployed = _Deployment(template, path, model)
+    except RuntimeFailed as error:
+        fault = Check("loads in ONNX Runtime", False, where=str(error))
+        return Report((*checks, fault), (UNPROVEN,), proof.key)
+    deployed.load_graphs(model, path, weights, state)
+    checks += tuple(deployed.judge(_samples(specs, data, seed)))
+    return Report(checks, (UNPROVEN, *deployed.notes), proof.key)
+
+
+def check_template(template: Path, path: Path, weights: WeightMap) -> Check:
+    """Whether a file is its template in every byte but the values of the map's initializers and the metadata."""
+    try:
+        first, second = (_blanked(file, weights) for file in (template, path))
+    except CheckpointError as error:
+        return Check("template", False, where=str(error), proof="weights")
+    told = "graph and constants are the template's, byte for byte"
+    if first != second:
+        told = "graph or constants are not the template's"
+    return Check("template", first == second, where=told, proof="weights")
+
+
+def _blanked(path: Path, weights: WeightMap) -> tuple[bytes, list[bytes]]:
+    """A file without the values of the map, and the values of all others that lie outside of it."""
+    model, outside = read_graph(path), []
+    for tensor in model.graph.initializer:
+        if tensor.name in weights.sources:
+            for field in _NUMBERS:
+                tensor.ClearField(field)
+            _forget_file(tensor)
+    for tensor in tensors(model):
+        if any(entry.key == "location" for entry in tensor.external_data):
+            outside.append(bytes(Initializer(tensor, path).external_bytes()))
+            _forget_file(tensor)
+    del model.metadata_props[:]
+    return model.SerializeToString(deterministic=True), outside
+
+
+def _forget_file(tensor: onnx.TensorProto) -> None:
+    """Drop the name of the file that holds a tensor's values; their place in it stays."""
+    kept = [entry for entry in tensor.external_data if entry.key != "location"]
+    del tensor.external_data[:]
+    tensor.external_data.extend(kept)
+
+
+def _samples(specs: Sequence[InputSpec], data: Sequence[tuple[Tensor, ...]], seed: int) -> Iterator[Sample]:
+    generator = torch.Generator().manual_seed(seed)
+    leading = {spec.axes[0] for spec in specs if spec.axes}
+    dynamic = dict.fromkeys(axis for spec in specs for axis in spec.dynamic)
+    loudness = NOISE if any(spec.is_float for spec in specs) else NOISE[1:2]
+    several = _SIZES if dynamic else _SIZES[:1]
+    for scale in loudness:
+        for extents in several if scale == _USUAL else several[:1]:
+            sizes = {axis: extents[0] if axis in leading else extents[1] for axis in dynamic}
+            inputs = tuple(spec.sample(generator, sizes, scale) for spec in specs)
+            yield Sample(f"scale {scale:g}", inputs, sizes)
+    for inputs in data:
+        yield Sample("data", inputs, {})
+
+
+class _Deployment:
+    """A file in ONNX Runtime: beside its template there, and beside its own graph in onnx's evaluator."""
+
+    def __init__(self, template: Path, path: Path, model: onnx.ModelProto) -> None:
+        self.session, self.template = open_session(model, path), open_session(read_graph(template), template)
+        self.graphs: tuple[ReferenceEvaluator, ReferenceEvaluator] | None = None
+        self.notes: list[str] = []
+        if self.session.widened:
+            self.notes.append("bfloat16 does not run on ONNX Runtime's CPU: computed in float32")
+
+    def load_graphs(
+        self, model: onnx.ModelProto, path: Path, weights: WeightMap, state: Mapping[str, Tensor]
+    ) -> None:
+        """The graph in float64, with weights that were not rounded; and as the file has it."""
+        wide = {key: x.double() if x.is_floating_point() else x for key, x in state.items()}
+        try:
+            values = {name: transforms.apply(source, wide) for name, source in weights.sources.items()}
+            self.graphs = evaluator(model, path, values), evaluator(model, path)
+        except Exception as problem:  # whatever an evaluator of another project raises
+            self._not_compared(problem)
+
+    def judge(self, inputs: Iterator[Sample]) -> list[Check]:
+        pools = {name: Pool(name) for name in self.session.outputs}
+        ran, compared = 0, set[str]()
+        for sample in inputs:
+            try:
+                before = self.template.run(sample.inputs)
+            except RuntimeFailed:
+                sizes = ", ".join(f"{axis}={extent}" for axis, extent in sample.sizes.items())
+                self._note(f"the template does not take {sizes or 'such inputs'}: left out")
+                continue
+            try:
+                got = self.session.run(sample.inputs)
+            except RuntimeFailed as error:
+                return [Check("runs in ONNX Runtime", False, where=f"{sample}: {error}")]
+            for name, new, old in zip(pools, got, before, strict=True):
+                if fault := _fault(new, old):
+                    return [replace(fault, where=f"output {name}, {sample}: {fault.where}")]
+            ran += 1
+            if sample.group not in compared and self._compare(sample, got, pools):
+                compared.add(sample.group)
+        told = (
+            f"{ran} inputs, as the template declares them"
+            if ran
+            else "the template takes none of what it declares"
+        )
+        checks = [Check("runs in ONNX Runtime", ran > 0, where=told)]
+        return checks + [check for pool in pools.values() if pool.groups for check in pool.checks()]
+
+    def _compare(self, sample: Sample, got: Sequence[Tensor], pools: Mapping[str, Pool]) -> bool:
+        if self.graphs is None:
+            return False
+        try:
+            exact, own = self.graphs
+            y, f = _run(exact, self.session, sample, wide=True), _run(own, self.session, sample)
+        except Exception as problem:  # as above
+            self._not_compared(problem)
+            return False
+        for pool, *values in zip(pools.values(), y, f, got, strict=True):
+            if not values[2].is_floating_point():
+                self._note(f"output {pool.name} is not floating: what it says was not compared")
+            elif bool(torch.isfinite(torch.cat([x.reshape(-1).double() for x in values])).all()):
+                pool.add(sample.group, str(sample), *values)
+        return True
+
+    def _not_compared(self, problem: Exception) -> None:
+        self.graphs = None
+        self._note(
+            f"deployment: not compared with its graph in float64, which onnx's evaluator does not run "
+            f"({type(problem).__name__}: {line(problem)}): only that ONNX Runtime runs it was shown"
+        )
+
+    def _note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes.append(text)
+
+
+def _run(graph: ReferenceEvaluator, session: Session, sample: Sample, wide: bool = False) -> list[Tensor]:
+    inputs = [x.double() if wide and x.is_floating_point() else x for x in sample.inputs]
+    with np.errstate(all="ignore"):  # an exponential overflows to the right limit
+        values = graph.run(None, dict(zip(session.names, (x.numpy() for x in inputs), strict=True)))
+    return [torch.from_numpy(np.array(value)) for value in values]
+
+
+def _fault(new: Tensor, old: Tensor) -> Check | None:
+    """What is wrong with an output whatever the weights are."""
+    if new.shape != old.shape or new.dtype != old.dtype:
+        told = f"{new.dtype} {list(new.shape)}, the template gives {old.dtype} {list(old.shape)}"
+        return Check("shape", False, where=told)
+    if new.is_floating_point() and not bool(torch.isfinite(new).all()) and bool(torch.isfinite(old).all()):
+        return Check("finite", False, where="NaN or Inf, where the template gives none")
+    return None
