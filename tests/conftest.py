@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
+# Files run side by side, a process a core: threads of torch would only be in each other's way. Before torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from pathlib import Path
 
 import pytest

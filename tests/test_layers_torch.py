@@ -125,6 +125,8 @@ def _ddp_worker(rank: int, folder: str) -> None:
         model(images(4, step)[2 * rank : 2 * rank + 2]).square().mean().backward()
         optimizer.step()
     torch.save(model.module.state_dict(), f"{folder}/{rank}.pt")
+    # Its reducer must not be the last to let go of the group: see World.close.
+    del model, optimizer
     dist.destroy_process_group()
 
 

@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from reparam import pipeline
-from reparam.checkpoint import convert_checkpoint
 from reparam.errors import OutputError
 
 if TYPE_CHECKING:
     from reparam.pipeline import FinetuneRun, OnnxExport
 
 ARCH = "reparam.demo.model:small_cnn"
-STEPS = 60
+STEPS, RATE = 60, 0.003
 SPEC = "N,1,28,28"
 _WEIGHTS = "small_cnn.safetensors"
 _CONVERTED = "small_cnn.gmp.safetensors"
@@ -62,15 +61,20 @@ def run_demo(out: Path, echo: Callable[[str], None], *, force: bool = False) -> 
 
     echo(f"A small CNN, trained on Fashion-MNIST, and 3,000 of its images are in {out}.")
 
-    show("convert", source, "--to", "gmp", "-o", converted)
-    convert_checkpoint(source, to="gmp", output=converted, force=force)
+    rules = ["--to", "gmp", "--fold-bn", "--mean-norm", "--calibrate", data]
+    show("convert", source, "--arch", ARCH, *rules, "-o", converted)
+    pipeline.convert_model(
+        source, "gmp", ARCH, output=converted, fold_bn=True, mean_norm=True, calibrate=data, force=force
+    )
     echo(f"  wrote {converted} ({converted.stat().st_size:,} bytes; {source.stat().st_size:,} before)")
 
-    steps = str(STEPS)
-    show("finetune", converted, "--arch", ARCH, "--data", data, "--steps", steps, "-o", run_folder)
-    run = pipeline.finetune(converted, ARCH, data, run_folder, Recipe(steps=STEPS), force=force)
+    recipe = ["--steps", str(STEPS), "--lr", str(RATE)]
+    show("finetune", converted, "--arch", ARCH, "--data", data, *recipe, "-o", run_folder)
+    run = pipeline.finetune(converted, ARCH, data, run_folder, Recipe(steps=STEPS, lr=RATE), force=force)
     result = run.result
-    echo(f"  test accuracy {result.before.value:.1%} -> {result.best.value:.1%} in {STEPS} steps")
+    echo(
+        f"  test accuracy {result.before.value:.1%} -> {result.best.value:.1%} (the best, of step {result.best.step})"
+    )
     echo(f"  wrote {run.best} ({run.best.stat().st_size:,} bytes)")
 
     show("export", run.best, "--arch", ARCH, "--input", SPEC, "--onnx", onnx)

@@ -22,6 +22,8 @@ from reparam.errors import ReparamError
 
 #: what torchrun sets besides WORLD_SIZE
 _ENVIRONMENT = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+#: groups that were left, kept until the program ends
+_left: list[object] = []
 
 
 @dataclass(frozen=True)
@@ -134,6 +136,9 @@ class World:
     def close(self) -> None:
         """Leave the group, after the last communication or a failure; a second time does nothing."""
         if self.joined and dist.is_initialized():
+            # A DistributedDataParallel that outlives the group, in a traceback say, would be the last to let go of it:
+            # with the interpreter's lock held, waiting for a thread that waits for that lock (torch 2.13, gloo).
+            _left.append(dist.group.WORLD)
             dist.destroy_process_group()
 
 
