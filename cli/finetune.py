@@ -112,7 +112,8 @@ def finetune(
         print(
             f"stopped after step {done.result.step}: the same command with --resume goes on", file=sys.stderr
         )
-        raise typer.Exit(130)
+        # Not as an interrupted command: nothing of this one was lost.
+        raise SystemExit(130)
 
 
 @contextmanager

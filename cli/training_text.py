@@ -64,6 +64,8 @@ def result(done: TrainingResult) -> None:
         [name, f"{at.step:,}", f"{at.loss:.4f}", _value(at.metric, at.value)]
         for name, at in (("before", done.before), ("best", done.best), ("last", done.last))
     ]
+    if done.last.step != done.step:
+        rows[-1] = ["last", f"{done.step:,}", "not evaluated", ""]
     table(["validation", "step", "loss", done.best.metric], rows)
     why = ", stopped early: no more improvement" if done.stopped_early else ""
     print(

@@ -104,3 +104,49 @@ def checkpoint(path: Path, model: nn.Module, **form: Any) -> nn.Module:
     held = moved(convert(model, **form), 7, negative) if form else model
     save_state_dict(held.state_dict(), records_of(held), path, force=True)
     return held
+
+
+class Derived(nn.Module):
+    """One weight used as it is and, in the exporter's hands, as another array that was computed from it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.gamma = nn.Linear(4, 4), nn.Parameter(torch.randn(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.layer(x) * self.gamma).relu() * (1 + self.gamma)
+
+
+class Single(nn.Module):
+    """The same of a single value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.temperature = nn.Linear(4, 4), nn.Parameter(torch.tensor(0.6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.layer(x) * self.temperature).relu() * (1 + self.temperature)
+
+
+class Tabled(nn.Module):
+    """Constants: an array that is no weight, a single value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.register_buffer("table", torch.linspace(-1.0, 1.0, 4), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.layer(x) + self.table).relu() * 0.7
+
+
+def derived() -> nn.Module:
+    return Derived()
+
+
+def single() -> nn.Module:
+    return Single()
+
+
+def tabled() -> nn.Module:
+    return Tabled()

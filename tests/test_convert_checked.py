@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -187,3 +188,41 @@ def test_a_network_that_gives_no_numbers_is_converted_and_it_is_said(arch: str, 
     out = done("convert", tmp_path / "m.safetensors", "--arch", arch, "--to", "gmp", "--dry-run", *SPEC).out
     assert "outputs were not compared: the original gives no finite numbers on these inputs" in out
     assert out.count("outputs were not compared") == 1
+
+
+class Pair(nn.Module):
+    """Two outputs, the second of which rounding alone changes a lot."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.b(x), (self.a(x) * 1e8).sin()
+
+
+class Masked(nn.Module):
+    """Its first output is −Inf, or NaN."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.value = nn.Linear(4, 4), -torch.inf
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.a(x).masked_fill(torch.tensor([True, False, False, False]), self.value)
+
+
+def test_an_outputs_noise_excuses_no_other_and_infinities_are_compared() -> None:
+    torch.manual_seed(0)
+    x, pair, masked = torch.randn(3, 4), Pair(), Masked()
+    wrong, other = copy.deepcopy(pair), copy.deepcopy(masked)
+    with torch.no_grad():
+        wrong.b.bias += 0.5
+    assert compare_outputs(pair, pair, [(x,), (x + 1,)]) is not None
+    with pytest.raises(CheckFailedError, match="differs by"):
+        compare_outputs(pair, wrong, [(x,), (x + 1,)])
+    assert compare_outputs(masked, masked, [(x,)]) is not None
+    for value in (torch.nan, torch.inf):
+        other.value = value
+        with pytest.raises(CheckFailedError, match="differs by inf"):
+            compare_outputs(masked, other, [(x,)])

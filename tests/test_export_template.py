@@ -14,14 +14,28 @@ import pytest
 import torch
 from export_cases import blanked, values_of, without_metadata
 from support import bits, done, python, refused, run, snapshot
-from template_cases import IMAGE, ROW, SEQUENCE, arch, bare, chain, checkpoint, normed, reader, trained
+from template_cases import (
+    IMAGE,
+    ROW,
+    SEQUENCE,
+    arch,
+    bare,
+    chain,
+    checkpoint,
+    derived,
+    normed,
+    reader,
+    single,
+    tabled,
+    trained,
+)  # fmt: skip
 from torch import nn
 
 import reparam.onnxfile.refit
 from reparam.export import export_onnx_model
 from reparam.graph import fold, parse_spec
 from reparam.layers import Reparameterized
-from reparam.onnxfile.metadata import PARAMETERIZATION, SOURCE, VERIFICATION, VERSION, properties
+from reparam.onnxfile.metadata import CONSTANTS, PARAMETERIZATION, SOURCE, VERIFICATION, VERSION, properties
 from reparam.onnxfile.weight_map import KEY, WeightMap
 from reparam.verification.refitted import check_template
 
@@ -30,6 +44,9 @@ BUILD: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "normed": (normed, IMAGE),
     "reader": (reader, SEQUENCE),
     "chain": (chain, ROW),
+    "derived": (derived, ROW),
+    "single": (single, ROW),
+    "tabled": (tabled, ROW),
 }
 #: float32's rounding over a few layers, of the output's scale
 ROUNDING = 2e-6
@@ -153,6 +170,54 @@ def test_a_foreign_file_is_understood_by_its_checkpoint(template: Templates, tmp
     refused(*given, naming=("foreign.onnx", "--template-weights"), leaving=tmp_path)
     done(*given, "--template-weights", tmp_path / "old.safetensors")
     assert_computes(tmp_path / "out.onnx", held, IMAGE)
+
+
+class TestConstants:
+    """What is left of the template must not have been computed from weights that are replaced."""
+
+    @pytest.mark.parametrize("name", ["derived", "single"])
+    @pytest.mark.parametrize("foreign", [False, True])
+    def test_values_computed_from_weights_are_refused(
+        self, name: str, foreign: bool, template: Templates, tmp_path: Path
+    ) -> None:
+        base, more = template(name), list[object]()
+        if foreign:
+            base = without_metadata(base, tmp_path / "foreign.onnx")
+            checkpoint(tmp_path / "old.safetensors", trained(BUILD[name][0], 1))
+            more = ["--template-weights", tmp_path / "old.safetensors"]
+        checkpoint(tmp_path / "m.safetensors", trained(BUILD[name][0], 2))
+        given = ["export", tmp_path / "m.safetensors", "--template", base, "--onnx", tmp_path / "o.onnx"]
+        if foreign and name == "single":  # clipping has such values too: told, not refused
+            report = done(*given, *more, "--json").json
+            assert any(note.startswith("not proven to be constants") for note in report["notes"])
+            return
+        refused(*given, *more, naming=(base, "computed from", "give --arch"), leaving=tmp_path)
+        ran = run(*given, *more, "--arch", arch(name))
+        assert ran.code == 1  # the proof sees that they are the old ones
+
+    def test_true_constants_stay(self, template: Templates, tmp_path: Path) -> None:
+        base = template("tabled")
+        held = checkpoint(tmp_path / "m.safetensors", trained(tabled, 2))
+        given = ["export", tmp_path / "m.safetensors", "--template", base, "--onnx", tmp_path / "o.onnx"]
+        assert "as in the template" in done(*given).err
+        assert_computes(tmp_path / "o.onnx", held, ROW)
+        said = properties(onnx.load(tmp_path / "o.onnx"))
+        weights = WeightMap.load(said[KEY]).sources
+        left = {name for name, x in values_of(base).items() if x.is_floating_point() and name not in weights}
+        assert len(left) == 2
+        assert set(json.loads(said[CONSTANTS])) == left
+
+    def test_of_a_file_of_others_they_are_not_known(self, template: Templates, tmp_path: Path) -> None:
+        foreign = without_metadata(template("tabled"), tmp_path / "foreign.onnx")
+        checkpoint(tmp_path / "old.safetensors", trained(tabled, 1))
+        held = checkpoint(tmp_path / "m.safetensors", trained(tabled, 2))
+        given = [
+            "export", tmp_path / "m.safetensors", "--template", foreign, "--onnx", tmp_path / "o.onnx",
+            "--template-weights", tmp_path / "old.safetensors",
+        ]  # fmt: skip
+        refused(*given, naming=(foreign, "give --arch"), leaving=tmp_path)
+        done(*given, "--arch", arch("tabled"))
+        assert_computes(tmp_path / "o.onnx", held, ROW)
 
 
 def test_what_wrapped_the_network_is_no_part_of_its_names(template: Templates, tmp_path: Path) -> None:

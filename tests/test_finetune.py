@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from reparam.checkpoint import convert_checkpoint, load_state_dict
 from reparam.errors import ArchitectureError, CheckFailedError, DataError, OutputError, ReparamError
 from reparam.graph import apply_records, fold
 from reparam.layers import GmPConv2d
-from reparam.training import Recipe
+from reparam.training import Recipe, RunFolder
 
 BUNDLED = Path(demo_model.__file__).parent / "data"
 ARCH = "reparam.demo.model:small_cnn"
@@ -197,9 +199,23 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(
     assert main([*command, "-o", str(tmp_path / "parts"), "--steps", "5", "--resume"]) == 0
     assert same(tmp_path / "whole" / "last.safetensors", tmp_path / "parts" / "last.safetensors")
     assert yaml.safe_load((tmp_path / "parts" / "config.yaml").read_text())["steps"] == 5
-    capsys.readouterr()
-    assert main([*command, "-o", str(tmp_path / "parts"), "--resume", "--lr", "0.5"]) == 2
-    assert "lr" in capsys.readouterr().err
+    before = (tmp_path / "parts" / "config.yaml").read_bytes()
+    other = tmp_path / "other"
+    shutil.copytree(BUNDLED, other, ignore=lambda *_: ["t10k-images-idx3-ubyte.gz"])
+    images = bytearray(gzip.decompress((BUNDLED / "t10k-images-idx3-ubyte.gz").read_bytes()))
+    images[16 + 300] ^= 1  # one pixel of the first image
+    (other / "t10k-images-idx3-ubyte.gz").write_bytes(gzip.compress(bytes(images)))
+    for options, told in (
+        (["--lr", "0.5"], "--lr"),
+        (["--arch-arg", "num_classes=10"], "the run has --arch-args {}"),
+        (["--to", "gmp"], "the run has --to None, not gmp"),
+        (["--data", str(other)], "the run's data has samples"),
+        (["--schedule", "cosine"], "--schedule"),
+    ):
+        capsys.readouterr()
+        assert main([*command, "-o", str(tmp_path / "parts"), "--resume", *options]) == 2
+        assert told in capsys.readouterr().err
+    assert (tmp_path / "parts" / "config.yaml").read_bytes() == before
     # Killed before its first save: from the beginning.
     (tmp_path / "parts" / "state.pt").unlink()
     assert main([*command, "-o", str(tmp_path / "parts"), "--steps", "5", "--resume"]) == 0
@@ -247,6 +263,7 @@ def test_dry_run_and_print_config_write_nothing(
         (["--arch", "{arch}", "--data", "nowhere"], "nowhere: no such file or folder"),
         (["--arch", "{arch}", "--data", "{data}", "--lr", "fast"], "--lr"),
         (["--arch", "{arch}", "--data", "{data}", "--mean-norm"], "--mean-norm: goes with a conversion"),
+        (["--arch", "{arch}", "--arch-arg", "bad", "--data", "{data}"], "--arch-arg bad"),
         (["--arch", "{arch}", "--data", "{data}", "--scratch"], "say what replaces them (--init paper)"),
         (["--arch", "{arch}", "--data", "{data}", "--config", "none.yaml"], "none.yaml: cannot be read"),
         (["--arch", "{arch}", "--data", "{data}", "--train", "g"], "--train"),
@@ -301,3 +318,18 @@ def test_curves_show_the_run(converted: Path, tmp_path: Path) -> None:
     run = pipeline.finetune(converted, ARCH, BUNDLED, tmp_path / "run", SHORT)
     assert run.curves is not None
     assert run.curves.read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_the_data_cannot_have_is_found_before_an_earlier_run_is_replaced(
+    net: str, tmp_path: Path
+) -> None:
+    np.savetxt(tmp_path / "set.csv", np.random.default_rng(0).normal(size=(20, 3)), delimiter=",")
+    run = RunFolder(tmp_path / "run")
+    for recipe in (Recipe(scratch=True, steps=1), Recipe(scratch=True, steps=1, crop=4)):
+        before = run.state.read_bytes() if run.state.exists() else b""
+        if not recipe.crop:
+            pipeline.finetune(None, f"{net}:mlp", tmp_path / "set.csv", run.path, recipe)
+            continue
+        with pytest.raises(DataError, match="are for images"):
+            pipeline.finetune(None, f"{net}:mlp", tmp_path / "set.csv", run.path, recipe, force=True)
+        assert run.state.read_bytes() == before

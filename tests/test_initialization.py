@@ -251,3 +251,28 @@ def test_what_is_refused() -> None:
         with pytest.raises(ReparamError, match=r"^--init data: there is no batch of data"):
             init_model(before, "data", batches)
     assert all(torch.equal(v, before.state_dict()[k]) for k, v in network().state_dict().items())
+
+
+def test_running_means_of_a_layer_that_is_called_twice() -> None:
+    """They lie between the means of its calls, of one batch in training mode."""
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.once, self.twice = nn.Linear(6, 6).double(), nn.Linear(6, 6).double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.twice(self.twice(self.once(x).relu()).relu())
+
+    torch.manual_seed(0)
+    model = convert(Twice(), to="gmp", include=["*"], mean_norm=True, scale="inside").train()
+    x = torch.randn(200, 6, generator=seeded(), dtype=torch.float64) + 2
+    init_model(model, "paper", [x], seeded())
+    running, seen = model.twice.running_input_mean.clone(), list[Tensor]()
+    model.twice.register_forward_pre_hook(lambda layer, given: seen.append(given[0].mean(0).detach()))
+    model(x)
+    momentum = model.twice.mean.momentum
+    first, second = seen
+    # As a running mean weighs them: the later call a little more.
+    expected = ((1 - momentum) * first + second) / (2 - momentum)
+    torch.testing.assert_close(running, expected, rtol=EXACT, atol=EXACT)

@@ -14,7 +14,9 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DEMO = README.partition("<!-- demo:begin -->\n```text\n")[2].partition("\n```\n<!-- demo:end -->")[0]
 WHOLE = README.partition("<!-- whole:begin -->\n```text\n")[2].partition("\n```\n<!-- whole:end -->")[0]
-SHOWN = README.replace(DEMO, "").replace(WHOLE, "")
+FOUR = README.partition("<!-- four:begin -->\n```text\n")[2].partition("\n```\n<!-- four:end -->")[0]
+NET = README.partition("<!-- net:begin -->\n```python\n")[2].partition("```\n<!-- net:end -->")[0]
+SHOWN = README.replace(DEMO, "").replace(WHOLE, "").replace(FOUR, "")
 COMMANDS = re.findall(r"^\$ reparam (\w+ .*?)(?: +#.*)?$", SHOWN, flags=re.MULTILINE)
 
 
@@ -78,6 +80,7 @@ def test_the_demo_prints_what_is_shown(
 def _without_figures(text: str) -> str:
     # The input with the largest error, and the element where it is, are figures too.
     text = re.sub(r"linear\[.*?\], input \[.*?\] at scale \S+", "linear", text.strip())
+    text = re.sub(r" +$", "", text, flags=re.MULTILINE)
     return re.sub(r"\d[\d,.]*(e-?\d+)?", "#", text)
 
 
@@ -97,6 +100,25 @@ def test_the_whole_model_conversion_prints_what_is_shown(
         assert main(command.split()) == 0
         printed = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
         assert _without_figures("\n".join(printed)) == _without_figures(output)
+
+
+def test_the_four_commands_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On the bundled part of the images, and for a few steps: what does not depend on them is printed as shown."""
+    import reparam.demo
+
+    monkeypatch.chdir(tmp_path)
+    Path("net.py").write_text(NET)
+    shutil.copytree(Path(reparam.demo.__file__).parent / "data", "fashion-mnist")
+    parts = re.findall(r"^\$ reparam (.*)\n((?:(?!\$).*\n?)*)", FOUR, flags=re.MULTILINE)
+    assert [command.split()[0] for command, _ in parts] == ["finetune", "convert", "finetune", "export"]
+    for command, output in parts:
+        short = re.sub(r"--epochs \d+", "--steps 4", command)
+        assert main(short.split()) == 0
+        printed = capsys.readouterr().out.strip()
+        if short == command:
+            assert _without_figures(printed) == _without_figures(output)
 
 
 def test_the_whole_model_snippet_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -295,3 +295,74 @@ def test_tied_layers_stay_tied(tmp_path: Path) -> None:
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[key], x) for key, x in expected.items())
     assert found["0.weight"].data_ptr() == found["2.weight"].data_ptr()
+
+
+class Masked(nn.Module):
+    """Two layers, some of whose outputs are masked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.masked = 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x)).masked_fill(torch.arange(8) >= 8 - self.masked, -torch.inf)
+
+
+def refit_masked(folder: Path, masked: int, scale: float) -> Report:
+    """The report of a refit into a file whose template holds −∞, with weights that are ``scale`` times as large."""
+    model, specs = trained(Masked, 1), [parse_spec("N,8")]
+    model.masked = masked
+    export_onnx_model(model, specs, folder / "base.onnx")
+    state = trained(Masked, 2).state_dict()
+    state |= {key: state[key] * scale for key in ("first.weight", "second.weight")}
+    done = refit(folder / "base.onnx", state, folder / "out.onnx")
+    return verify_refit(folder / "base.onnx", folder / "out.onnx", done.weights, state, specs)
+
+
+def test_beside_a_mask_values_are_compared(tmp_path: Path) -> None:
+    report = refit_masked(tmp_path, 2, 1.0)
+    assert report.passed, report.failures
+    assert [check.name for check in report.checks if check.noise_floor is not None] == [
+        "largest error", "rms error"
+    ]  # fmt: skip
+
+
+def test_beside_a_mask_an_overflow_is_told(tmp_path: Path) -> None:
+    assert deployed(refit_masked(tmp_path, 2, 1e25)) == ["finite"]
+
+
+def test_a_mask_elsewhere_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the kind that the template holds too, at another place: with and without the graph in float64."""
+    from reparam.verification.runtime import Session
+
+    run = Session.run
+
+    def shifted(self: Session, inputs: Any) -> list[Tensor]:
+        (value,) = run(self, inputs)
+        return [value.roll(1, -1) if self is not templates[0] else value]
+
+    templates: list[Session] = []
+    from reparam.verification import refitted as module
+
+    opened = module.open_session
+
+    def opening(model: onnx.ModelProto, path: Path) -> Session:
+        session = opened(model, path)
+        if path.name == "base.onnx":
+            templates[:] = [session]
+        return session
+
+    monkeypatch.setattr(module, "open_session", opening)
+    monkeypatch.setattr(Session, "run", shifted)
+    assert deployed(refit_masked(tmp_path, 2, 1.0)) == ["finite"]
+
+    def refuse(*args: object) -> None:
+        raise NotImplementedError("no such operator")
+
+    monkeypatch.setattr(module, "evaluator", refuse)
+    assert deployed(refit_masked(tmp_path, 2, 1.0)) == ["finite"]
+
+
+def test_what_is_never_finite_was_not_compared(tmp_path: Path) -> None:
+    assert deployed(refit_masked(tmp_path, 8, 1.0)) == ["compared"]

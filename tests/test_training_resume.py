@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from support import ROOT, assert_same_bits, python
@@ -316,7 +317,6 @@ def test_what_may_change() -> None:
         "epochs",
         "steps",
         "early_stop",
-        "accumulate",
         "compile",
         "device",
         "workers",
@@ -373,3 +373,38 @@ def test_a_state_runs_no_code(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="cannot be read"):
         State.load(tmp_path / "state.pt")
     assert not (tmp_path / "done").exists()
+
+
+class Moody(nn.Module):
+    """What torch's seed and a state_dict do not cover: Python's and numpy's random numbers, a buffer that is not saved."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 3)
+        self.register_buffer("seen", torch.zeros(()), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            self.seen += 1
+            x = x * (1 + random.random() + np.random.rand()) / self.seen  # noqa: NPY002
+        return self.last(self.first(x).tanh())
+
+
+def test_a_networks_own_noise_and_buffers_are_resumed(tmp_path: Path) -> None:
+    chosen = recipe(epochs=2)
+    state = random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
+    whole, parts, again = Moody(), Moody(), Moody()
+    trained(whole, labelled(*SIZES), chosen, tmp_path / "whole")
+    trained(parts, labelled(*SIZES), chosen, tmp_path / "parts", stop=Stopper(4))
+    trained(again, labelled(*SIZES), chosen, tmp_path / "parts", resumed=True)
+    assert_same_bits(values(whole), values(again))
+    assert float(whole.seen) == float(again.seen) > 0
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == state  # noqa: NPY002
+
+
+def test_rates_that_depend_on_the_end_keep_it(tmp_path: Path) -> None:
+    chosen = recipe(epochs=2, schedule="cosine")
+    trained(plain(), labelled(), chosen, tmp_path / "run", stop=Stopper(2))
+    with pytest.raises(ReparamError, match="--epochs 2, not 4"):
+        trained(plain(), labelled(), recipe(epochs=4, schedule="cosine"), tmp_path / "run", resumed=True)

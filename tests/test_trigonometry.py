@@ -88,3 +88,12 @@ def test_both_ways_are_taken() -> None:
     head = angle[:, : 1200 - trigonometry._LAST].abs().amax(dim=1)
     assert (head > trigonometry._SMALL).tolist() == [False, True, True]
     assert trigonometry._LONG <= 1200
+
+
+def test_a_nan_spoils_no_other_row() -> None:
+    angle = mostly_small(1200)
+    sine, cosine = both(angle)
+    angle[0, 40] = math.nan
+    with_nan = both(angle)
+    assert torch.equal(with_nan[0][1:], sine[1:])
+    assert torch.equal(with_nan[1][1:], cosine[1:])

@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from reparam.errors import DataError
-from reparam.graph import InputSpec, parse_spec
+from reparam.graph import InputSpec, convert, parse_spec
 from reparam.verification import Report, Tolerance, compare_onnx, load_data, runtime
 from reparam.verification.exact import Float64, in_float64, run
 from reparam.verification.samples import Sample, samples
@@ -275,6 +275,19 @@ def test_half_precision_is_judged_by_the_original_in_half_precision(tmp_path: Pa
     wrong = graph(to("Mul", "more"), tmp_path / "w.onnx", [("y", kind)], [("x", kind, ["N", 4])],
                   {"more": np.float16(1.02)})  # fmt: skip
     assert not compare_onnx(Net(linear), wrong, ROWS).passed
+
+
+def test_angles_are_no_wider_than_the_weights_they_hold(tmp_path: Path) -> None:
+    """A float32 file of a float16 network is judged in float32, whatever holds the network's weights."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3, bias=False)).eval().half()
+    weight = model[0].weight.detach().float().T.numpy()
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["y"])]
+    path = graph(nodes, tmp_path / "m.onnx", constants={"w": weight})
+    for original in (model, convert(model, to="gmp", include=["*"])):
+        report = compare_onnx(original, path, ROWS)
+        assert report.passed, report.lines()
+        assert all((check.noise_floor or 0) < 1e-5 for check in report.checks)
 
 
 def test_an_original_that_overflows_at_the_deployed_type_is_no_fault_of_the_file(tmp_path: Path) -> None:

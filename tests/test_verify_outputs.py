@@ -13,7 +13,7 @@ from onnx import TensorProto, helper
 from test_verify_deployment import MATMUL, ROWS, Net, graph, linear, names, to
 from torch import Tensor
 
-from reparam.verification import Report, Tolerance, compare_onnx, exact
+from reparam.verification import Report, Tolerance, compare_onnx, exact, verify_onnx
 from reparam.verification.decisions import Decision
 from reparam.verification.logits import logits_of
 
@@ -67,6 +67,14 @@ def test_both_sides_of_a_comparison_are_rounded() -> None:
     assert Decision(left > right, left, right).error(own) == 0.75
 
 
+def test_a_decision_of_other_numbers_does_not_excuse() -> None:
+    left = torch.ones(3, dtype=torch.float64)
+    decision = Decision(left > 0, left, 0.0)
+    others = Decision(left[:2] > 9, left[:2] + 9, 9.0), Decision(left > left, left + 9, left), None
+    assert [decision.error(other) for other in others] == [0.0, 0.0, 0.0]
+    assert decision.error(Decision(left > 0, left + 9, 0.0)) == 9.0
+
+
 def ids(nodes: list[onnx.NodeProto], path: Path, kind: int = INT64) -> Path:
     return graph([MATMUL, *nodes], path, [("y", kind)], constants=CONSTANTS)
 
@@ -79,12 +87,26 @@ CONSTANTS = {
     "two": np.array([2]), "less": np.float32([[0, -1e-6, 0]]), "more": np.float32([[0, 1e-1, 0]]),
     "mask": np.float32([[0, 0, -1e9]]),
 }  # fmt: skip
+#: the first column of an input
+FIRST = {"zero": np.array([0, 0]), "one": np.array([1000, 1])}
 
 
 def nudged(op: str, by: str, **attributes: object) -> list[onnx.NodeProto]:
     last = "TopK" if op == "TopK" else op
     inputs = ["n", "two"] if op == "TopK" else ["n"]
     return [made("Add", "z", by, out="n"), helper.make_node(last, inputs, ["v", "y"] if op == "TopK" else ["y"], **attributes)]  # fmt: skip
+
+
+def clamped(x: Tensor, weight: Tensor) -> Tensor:
+    """A comparison more at the narrow type, of numbers far from those that decide."""
+    high = linear(x, weight) + 100
+    if high.dtype != torch.float64:
+        high = torch.where(high > 1e4, 1e4, high)
+    return high - 100 > 0.0
+
+
+def compared(by: str) -> list[onnx.NodeProto]:
+    return [made("Add", "z", by, out="n"), made("Sub", "z", "z", out="o"), made("Greater", "n", "o")]
 
 
 #: kind -> (original, decided by the scores plus ..., element type of the result)
@@ -94,9 +116,8 @@ KINDS: dict[str, tuple[Callable[[Tensor, Tensor], object], Callable[[str], list[
     "maximum": (
         lambda x, w: linear(x, w).max(1, keepdim=True)[1], lambda by: nudged("ArgMax", by, axis=1, keepdims=1), INT64),
     "top": (lambda x, w: linear(x, w).topk(2)[1], lambda by: nudged("TopK", by), INT64),
-    "truth": (
-        lambda x, w: linear(x, w) > 0,
-        lambda by: [made("Add", "z", by, out="n"), made("Sub", "z", "z", out="o"), made("Greater", "n", "o")], BOOL),
+    "truth": (lambda x, w: linear(x, w) > 0, compared, BOOL),
+    "clamped": (clamped, compared, BOOL),
 }  # fmt: skip
 
 
@@ -108,6 +129,28 @@ def test_decisions_follow_their_numbers(kind: str, tmp_path: Path) -> None:
     assert [(check.name, check.passed) for check in report.checks] == [("equal", False)]
     assert (report.checks[0].max_abs or 0) > 1e-4
     assert compare_onnx(Net(function), ids(nodes("less"), tmp_path / "n.onnx", output), ROWS).passed
+
+
+@pytest.mark.parametrize(
+    ("function", "right", "wrong", "kind"),
+    [
+        (lambda x, w: linear(x, w).argmax(1), "ArgMax", "ArgMin", INT64),
+        (lambda x, w: linear(x, w) > x[:, :1], "Greater", "Less", BOOL),
+    ],
+)
+def test_a_file_that_gives_no_floats_is_proved_by_what_it_decides(
+    function: Callable[[Tensor, Tensor], object], right: str, wrong: str, kind: int, tmp_path: Path
+) -> None:
+    for op in (right, wrong):
+        if kind == BOOL:
+            nodes = [made("Slice", "x", "zero", "one", out="c"), made(op, "z", "c")]
+        else:
+            nodes = [made(op, "z", axis=1, keepdims=0)]
+        path = graph([MATMUL, *nodes], tmp_path / f"{op}.onnx", [("y", kind)], constants=FIRST)
+        report = verify_onnx(Net(function), None, path, ROWS)
+        assert report.passed == (op == right), report.lines()
+        assert [check.passed for check in report.proof("algebra")] == [op == right]
+        assert any("no output is a floating number" in note for note in report.notes) == (op == right)
 
 
 def test_a_masked_score_is_never_the_best(tmp_path: Path) -> None:

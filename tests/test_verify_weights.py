@@ -10,12 +10,15 @@ import pytest
 import torch
 from faults import Exported, Vision, exported
 from onnx import TensorProto, external_data_helper, helper, numpy_helper
+from torch import Tensor, nn
 
 from reparam.errors import CheckpointError
+from reparam.export import export_onnx_model
 from reparam.graph import InputSpec
 from reparam.onnxfile.reading import read_graph, read_initializers
 from reparam.onnxfile.weight_map import KEY, Source, WeightMap
 from reparam.verification import locating, verify_onnx
+from reparam.verification.reaching import read_names
 from reparam.verification.samples import Sample, samples
 from reparam.verification.weights import check_weights, same_bits, used_keys
 
@@ -203,3 +206,96 @@ def test_the_first_diverging_layer_takes_few_sessions(
 def test_no_layer_is_named_where_all_agree(base: Exported) -> None:
     sample = [s for s in samples(base.folded, SPECS, 0) if isinstance(s, Sample)][4]
     assert locating.locate(base.folded, base.path, read_graph(base.path), base.weights, sample) is None
+
+
+class Twins(nn.Module):
+    """Fresh norms, equal to each other; biases of zeros; a buffer that no state_dict has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.a, self.b, self.last = (
+            nn.Linear(8, 16),
+            nn.LayerNorm(16),
+            nn.LayerNorm(16),
+            nn.Linear(16, 4),
+        )
+        nn.init.zeros_(self.first.bias)
+        self.register_buffer("shift", torch.linspace(-1, 1, 16), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.b(self.a(self.first(x) + self.shift).relu()))
+
+
+ROWS = [InputSpec("x", ("N", 8))]
+
+
+def twins(path: Path) -> tuple[Twins, onnx.ModelProto]:
+    """The network, and its file without a map."""
+    torch.manual_seed(0)
+    model = Twins().eval()
+    export_onnx_model(model, ROWS, path)
+    file = onnx.load(path)
+    del file.metadata_props[:]
+    onnx.save(file, path)
+    return model, file
+
+
+def failing(model: nn.Module, path: Path) -> list[str]:
+    report = verify_onnx(model, None, path, ROWS)
+    assert report.passed or report.failures
+    return [str(c.where).split("`")[1] for c in report.proof("weights") if not c.passed]
+
+
+def test_what_equal_weights_share_is_no_stranger(tmp_path: Path) -> None:
+    model, file = twins(tmp_path / "m.onnx")
+    held = {tensor.name for tensor in file.graph.initializer}
+    assert not model.state_dict().keys() <= held
+    assert failing(model, tmp_path / "m.onnx") == []
+
+
+@pytest.mark.parametrize("name", ["b.weight", "b.bias", "first.bias", "none"])
+def test_a_changed_copy_of_a_shared_weight_fails(name: str, tmp_path: Path) -> None:
+    """Of weights equal to others, and of zeros, which need no initializer of their own."""
+    model, file = twins(tmp_path / "m.onnx")
+    key = "b.weight" if name == "none" else name
+    value = model.state_dict()[key].numpy().copy()
+    value[3] = 7
+    norms = [node for node in file.graph.node if node.op_type == "LayerNormalization"]
+    firsts = [node for node in file.graph.node if node.op_type == "Gemm"]
+    node, at = {"b.weight": (norms[1], 1), "b.bias": (norms[1], 2), "first.bias": (firsts[0], 2)}[key]
+    node.input[at:] = [name, *node.input[at + 1 :]]  # zeros were dropped
+    read = {given for node in file.graph.node for given in node.input}
+    kept = [tensor for tensor in file.graph.initializer if tensor.name in read - {name}]
+    del file.graph.initializer[:]
+    file.graph.initializer.extend([*kept, numpy_helper.from_array(value, name)])
+    onnx.save(file, tmp_path / "m.onnx")
+    wrong = failing(model, tmp_path / "m.onnx")
+    assert wrong == [key] or (name == "none" and key in wrong)
+
+
+@pytest.mark.parametrize("dead", [False, True])
+def test_a_weight_that_nothing_reads_is_no_proof(base: Exported, dead: bool, tmp_path: Path) -> None:
+    """Its node reads a constant instead; a node whose result nobody needs does not count either."""
+    file = onnx.load(base.path)
+    weight = next(tensor for tensor in file.graph.initializer if tensor.name == "head.weight")
+    node = next(node for node in file.graph.node if "head.weight" in node.input)
+    node.input[list(node.input).index("head.weight")] = "other"
+    value = numpy_helper.from_array(numpy_helper.to_array(weight) * 2, "other")
+    file.graph.node.insert(0, helper.make_node("Constant", [], ["other"], value=value))
+    if dead:
+        file.graph.node.insert(0, helper.make_node("Identity", ["head.weight"], ["unread"]))
+    used = used_keys(base.folded, (torch.randn(2, 3, 10, 10),))
+    found = check_weights(base.path, file, base.weights, base.folded.state_dict(), used)
+    assert [c.where for c in found.checks if not c.passed] == [
+        "`head.weight`: no initializer holds it, though the network computes with it; `other` would fit, but has other values"
+    ]
+
+
+def test_what_a_graph_inside_of_a_node_reads_is_read() -> None:
+    inner = helper.make_graph([helper.make_node("Add", ["x", "w"], ["z"])], "g", [], [
+        helper.make_tensor_value_info("z", TensorProto.FLOAT, None)])  # fmt: skip
+    node = helper.make_node("If", ["c"], ["y"], then_branch=inner, else_branch=inner)
+    graph = helper.make_graph([node, helper.make_node("Neg", ["v"], ["u"])], "g", [], [
+        helper.make_tensor_value_info("y", TensorProto.FLOAT, None)])  # fmt: skip
+    assert {"y", "c", "x", "w"} <= read_names(helper.make_model(graph))
+    assert not {"u", "v"} & read_names(helper.make_model(graph))

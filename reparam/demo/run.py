@@ -61,8 +61,8 @@ def run_demo(out: Path, echo: Callable[[str], None], *, force: bool = False) -> 
 
     echo(f"A small CNN, trained on Fashion-MNIST, and 3,000 of its images are in {out}.")
 
-    rules = ["--to", "gmp", "--fold-bn", "--mean-norm", "--calibrate", data]
-    show("convert", source, "--arch", ARCH, *rules, "-o", converted)
+    rules = ["--to", "gmp", "--fold-bn", "--mean-norm"]
+    show("convert", source, "--arch", ARCH, *rules, "--calibrate", data, "-o", converted)
     pipeline.convert_model(
         source, "gmp", ARCH, output=converted, fold_bn=True, mean_norm=True, calibrate=data, force=force
     )

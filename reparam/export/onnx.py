@@ -24,10 +24,11 @@ from torch import Tensor, nn
 
 from reparam.errors import CheckFailedError, ReparamError
 from reparam.export.casting import cast_model, cast_specs, opset_for
+from reparam.export.constants import find_constants
 from reparam.export.initializers import Held, hold_as_mapped, move_outside, nbytes
 from reparam.graph.inputs import InputSpec
 from reparam.onnxfile.mapping import Found, find_map
-from reparam.onnxfile.metadata import UNUSED
+from reparam.onnxfile.metadata import CONSTANTS, UNUSED
 from reparam.onnxfile.weight_map import KEY
 
 if TYPE_CHECKING:
@@ -99,12 +100,17 @@ def export_onnx_model(
     if dtype is not None:
         model, specs = cast_model(model, dtype), cast_specs(specs, dtype)
     output = _dry_run(model, example_inputs(specs))
-    program = bare_export(model, specs, opset_for(dtype, opset))
+    opset = opset_for(dtype, opset)
+    program = bare_export(model, specs, opset)
     _require_dynamic(program, specs)
     _name_outputs(program, output)
     _anonymize(program)
     found, unused = _map(program, model)
     said = {**(metadata or {}), KEY: found.weights.dump(), UNUSED: json.dumps(unused)}
+    if constants := find_constants(
+        program, found.weights, model, lambda other: bare_export(other, specs, opset)
+    ):
+        said[CONSTANTS] = json.dumps(constants)
     program.model.metadata_props.update(said)
     data = None
     if sum(map(nbytes, program.model.graph.initializers.values())) > largest:

@@ -41,7 +41,8 @@ def sine_cosine(angle: Tensor, sine: Tensor, cosine: Tensor, work: Tensor) -> No
     head, last = slice(0, columns - _LAST), slice(columns - _LAST, columns)
     small, square = angle[:, head], work[:, head]
     torch.abs(small, out=square)
-    large = (square > _SMALL).nonzero(as_tuple=True) if float(square.amax()) > _SMALL else None
+    # A NaN counts as large: other angles of the chunk must not be taken for small with it.
+    large = None if float(square.amax()) <= _SMALL else (square > _SMALL).nonzero(as_tuple=True)
     exact = small[large] if large is not None else None
     torch.sin(angle[:, last], out=sine[:, last])
     torch.cos(angle[:, last], out=cosine[:, last])

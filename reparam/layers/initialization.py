@@ -6,6 +6,7 @@ plain layers included. What holds no weights (norms, embeddings) keeps its value
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -139,17 +140,28 @@ def initialize_from_data(model: nn.Module, *inputs: Any) -> list[str]:
 @torch.no_grad()
 def _start_means(model: nn.Module, inputs: Any) -> None:
     """Set running means to what normalized layers see in a batch of training."""
-    normalized = [
-        (layer.get_buffer(layer.mean.buffer), layer.mean.momentum)
+    normalized = {
+        layer: layer.mean
         for layer in model.modules()
         if isinstance(layer, Reparameterized) and layer.mean is not None
-    ]
-    for running, _ in normalized:
-        running.zero_()
-    if normalized:
-        model(inputs)
-    for running, momentum in normalized:
-        running.div_(momentum)
+    }
+    calls: Counter[nn.Module] = Counter()
+
+    def count(layer: nn.Module, args: Any) -> None:
+        calls[layer] += 1
+
+    handles = [layer.register_forward_pre_hook(count) for layer in normalized]
+    for layer, mean in normalized.items():
+        layer.get_buffer(mean.buffer).zero_()
+    try:
+        if normalized:
+            model(inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for layer, mean in normalized.items():
+        # From zero, k calls leave the share 1 − (1 − momentum)^k of their mean; a layer that was not called keeps zero.
+        layer.get_buffer(mean.buffer).div_(1 - (1 - mean.momentum) ** calls[layer] if calls[layer] else 1.0)
 
 
 def _standardize(layer: nn.Module, output: Tensor) -> Tensor:

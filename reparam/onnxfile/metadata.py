@@ -5,6 +5,7 @@ reparam.source              sha256 of the checkpoint
 reparam.parameterization    how the checkpoint held its layers: "gmp", "sp", "gmp+sp" ...
 reparam.weights             the map initializer -> state_dict key, see :mod:`reparam.onnxfile.weight_map`
 reparam.unused              JSON list of the state_dict's keys that the graph does not compute with
+reparam.constants           JSON list of the floating initializers that hold no weight and depend on none
 reparam.verification        JSON summary of the proofs, added once they passed
 """
 
@@ -22,6 +23,7 @@ VERSION = "reparam.version"
 SOURCE = "reparam.source"
 PARAMETERIZATION = "reparam.parameterization"
 UNUSED = "reparam.unused"
+CONSTANTS = "reparam.constants"
 VERIFICATION = "reparam.verification"
 _BLOCK = 1 << 22
 

@@ -23,10 +23,17 @@ from torch import Tensor
 
 from reparam.errors import ArchitectureError, CheckpointError, NonFiniteError, OutputError, ReparamError
 from reparam.onnxfile import transforms
+from reparam.onnxfile.constants import floating_constants, recorded_constants
 from reparam.onnxfile.external import Change, copy_changed, raw
 from reparam.onnxfile.mapping import find_map
 from reparam.onnxfile.metadata import UNUSED, VERIFICATION, properties, set_properties
-from reparam.onnxfile.reading import Initializer, external_file, read_graph, read_initializers, tensors
+from reparam.onnxfile.reading import (
+    Initializer,
+    external_file,
+    read_graph,
+    read_initializers,
+    tensors,
+)
 from reparam.onnxfile.weight_map import KEY, Source, WeightMap
 
 _LISTED = 4
@@ -40,13 +47,16 @@ class Refitted:
 
     Attributes:
         replaced: initializers that hold the new weights.
-        kept: floating initializers of more than one element that no weight is known for: as they were.
+        kept: floating constants of more than one element that no weight is known for: as they were.
+        unproven: floating constants of any size that may be computed from weights: no weight is known for them, and
+            the file's export did not record that they depend on none.
         weights: the map.
         data: the files beside the ONNX file that hold values; empty if it holds them itself.
     """
 
     replaced: tuple[str, ...]
     kept: tuple[str, ...]
+    unproven: tuple[str, ...]
     weights: WeightMap
     data: tuple[Path, ...]
 
@@ -79,6 +89,7 @@ def refit(
         OutputError: the file would be larger than 2 GB.
     """
     model = read_graph(base)
+    recorded = recorded_constants(base, model)
     initializers = read_initializers(base, model)
     weights, unused = _map_of(base, model, initializers, state, old)
     _require_all(base, weights, unused, state)
@@ -105,8 +116,14 @@ def refit(
         file.write(serialized)
         file.flush()
         os.fsync(file.fileno())
-    kept = [name for name, held in initializers.items() if name not in weights.sources and _is_array(held)]
-    return Refitted(tuple(weights.sources), tuple(kept), weights, data)
+    left = {
+        name: size
+        for name, size in floating_constants(model, initializers).items()
+        if name not in weights.sources
+    }
+    kept = tuple(name for name, size in left.items() if size > 1)
+    unproven = tuple(name for name in left if name not in recorded)
+    return Refitted(tuple(weights.sources), kept, unproven, weights, data)
 
 
 def known_keys(model: onnx.ModelProto) -> set[str]:
@@ -242,11 +259,6 @@ def _copy(base: Path, file: Path, changes: Iterable[Change], target: Path) -> Pa
         raise CheckpointError(f"{file}: does not fit {base.name}: {error}") from error
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be copied to {target.parent} ({error.strerror})") from error
-
-
-def _is_array(held: Initializer) -> bool:
-    """Whether an initializer could be a weight: floating, and more than a scalar."""
-    return held.dtype is not None and held.dtype.is_floating_point and math.prod(held.shape) > 1
 
 
 def _told(keys: Sequence[str]) -> str:

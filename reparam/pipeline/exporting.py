@@ -144,6 +144,7 @@ def export_skeleton(
     import tempfile
 
     from reparam.export import export_onnx_model
+    from reparam.export.constants import distinct
     from reparam.graph import fold
     from reparam.onnxfile.external import data_of
     from reparam.onnxfile.refit import refit
@@ -154,7 +155,7 @@ def export_skeleton(
     folded = fold(model)
     with tempfile.TemporaryDirectory(prefix="reparam-skeleton-", dir=path.parent) as folder:
         base = Path(folder) / "base.onnx"
-        done = export_onnx_model(_distinct(folded), specs, base)
+        done = export_onnx_model(distinct(folded), specs, base)
         lost = [key for key in done.found.uncovered if folded.state_dict()[key].is_floating_point()]
         lost = [key for key in lost if key not in done.unused] + [
             k for ks in done.found.ambiguous.values() for k in ks
@@ -169,19 +170,6 @@ def export_skeleton(
             report = verify_onnx(model, folded, temporary, done.specs, done.found.weights)
             accept(report, temporary, path)
     return report
-
-
-def _distinct(model: nn.Module) -> nn.Module:
-    """A copy whose floating tensors are all different; variances stay positive."""
-    import copy
-
-    import torch
-
-    changed, generator = copy.deepcopy(model), torch.Generator().manual_seed(0)
-    for value in changed.state_dict().values():
-        if value.is_floating_point():
-            value.add_(torch.rand(value.shape, generator=generator).to(value.dtype))
-    return changed
 
 
 def _in_run(path: Path) -> tuple[Path, Path | None]:

@@ -6,6 +6,7 @@ network → (convert) → (new values) → preflight → skeleton → train → 
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 #: samples that data-dependent values and running means are taken from at most
 _FIRST_LOOK = 1024
+#: classes that are named in a note
+_NAMED = 12
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,7 @@ def set_up(
         ReparamError: something cannot be read, or does not fit.
     """
     from reparam.training import run_preflight
-    from reparam.training.data import load_data
+    from reparam.training.data import Augment, load_data
     from reparam.training.distributed import World
 
     if path is None and not recipe.scratch:
@@ -122,6 +125,9 @@ def set_up(
         model, converted = _converted(model, to, mean_norm, fold_bn, dataset, recipe)
         if recipe.init is not None:
             _start_anew(model, recipe, dataset)
+    augment = Augment(recipe.flip, recipe.crop, recipe.resized_crop)
+    if augment != Augment():
+        augment.check(dataset.shape)
     preflight = run_preflight(model, dataset, recipe, world)
     described = {
         "checkpoint": None if path is None else str(path),
@@ -138,7 +144,7 @@ def set_up(
         "std": list(dataset.std),
         "classes": list(dataset.classes),
     }
-    every = (*notes, *converted, *dataset.notes, *preflight.notes)
+    every = (*notes, *converted, *dataset.notes, *_class_order(dataset.classes), *preflight.notes)
     return Setup(model, dataset, recipe, state_of, preflight, every, described, world)
 
 
@@ -174,15 +180,15 @@ def run_finetune(
     if resume and run.state.exists():
         state = State.load(run.state)
         state.check(setup.recipe, setup.data)
+        _check_same_network(run, setup)
     elif world.is_main:
         # A run that was killed before its first save has nothing to go on from, and nothing to lose.
         run.check(force or (resume and run.config.exists()))
     world.barrier()
-    if world.is_main:
-        if state is None:
-            run.create(force or resume)
-            _write_skeleton(setup, run.skeleton, note or (lambda text: None))
+    if world.is_main and state is None:
+        run.create(force or resume)
         run.write_config(setup.recipe, setup.described)
+        _write_skeleton(setup, run.skeleton, note or (lambda text: None))
     world.barrier()
     result = train(
         setup.model,
@@ -195,6 +201,8 @@ def run_finetune(
         tell=tell,
         stop=stop,
     )
+    if world.is_main and resume:
+        run.write_config(setup.recipe, setup.described)
     curves = _plot(run) if world.is_main else None
     return FinetuneRun(run.path, run.best, run.last, result, curves)
 
@@ -243,6 +251,15 @@ def finetune(
         setup.world.close()
 
 
+def _class_order(classes: tuple[str, ...]) -> tuple[str, ...]:
+    """Which output is which class, unless their names are their numbers."""
+    if list(classes) == [str(i) for i in range(len(classes))]:
+        return ()
+    few = ", ".join(f"{i} {name}" for i, name in enumerate(classes[:_NAMED]))
+    more = f" and {len(classes) - _NAMED} more" if len(classes) > _NAMED else ""
+    return (f"classes: {few}{more}",)
+
+
 def _network(
     path: Path | None, arch: str | None, arch_args: Mapping[str, str] | None
 ) -> tuple[nn.Module, Callable[[nn.Module], Mapping[str, Tensor]] | None, tuple[str, ...]]:
@@ -275,8 +292,12 @@ def _converted(
     # New values have no means yet that could be calibrated: the running ones follow them.
     batches = _first_look(data, recipe) if mean_norm and not recipe.scratch else None
     model = convert(model, to, mean_norm=mean_norm, fold_bn=fold_bn, calibrate=batches, report=rules)
-    layers = {rule.layer for rule in rules if rule.applied and rule.rule.startswith("to ")}
-    return model, (f"converted to {to}: {len(layers)} layers",) if layers else (f"converted to {to}",)
+    asked = ["fold batch norm"] * fold_bn + ["mean normalization"] * mean_norm
+    done = Counter(dict.fromkeys(asked, 0)) + Counter(rule.rule for rule in rules if rule.applied)
+    none = [f"{rule} nowhere" for rule in asked if rule not in done]
+    return model, (
+        f"converted to {to}: {', '.join([*(f'{rule} {count}×' for rule, count in done.items()), *none])}",
+    )
 
 
 def _start_anew(model: nn.Module, recipe: Recipe, data: Data) -> None:
@@ -314,6 +335,20 @@ def _write_skeleton(setup: Setup, path: Path, note: Callable[[str], None]) -> No
         export_skeleton(model, [spec], path)
     except CheckFailedError as error:
         note(f"no skeleton for exports without --arch: {error}")
+
+
+def _check_same_network(run: RunFolder, setup: Setup) -> None:
+    """Raise ReparamError where the run was of another network, as far as the command says it."""
+    before = run.network()
+    for name in ("arch", "arch_args", "to", "mean_norm", "fold_bn"):
+        was, now = before.get(name), setup.described[name]
+        # A file may lie elsewhere by now.
+        if name == "arch" and was and now:
+            was, now = (str(ref).rpartition("/")[2] for ref in (was, now))
+        if was != now:
+            raise ReparamError(
+                f"{run.path}: the run has --{name.replace('_', '-')} {was}, not {now}: it can only go on as it began"
+            )
 
 
 def _plot(run: RunFolder) -> Path | None:

@@ -56,7 +56,8 @@ def refit_onnx(
         force: replace ``out`` if it exists.
 
     Raises:
-        ReparamError: bad input, or weights that do not fit the template; nothing was written.
+        ReparamError: bad input, or weights that do not fit the template, or without the network, values in it that may
+            be computed from weights; nothing was written.
         VerificationError: a proof failed; ``out`` was not touched, the file is left as ``NAME.failed.onnx``.
     """
     from reparam.onnxfile.external import data_of
@@ -88,7 +89,9 @@ def refit_onnx(
     with data_of(out), staged(out, force) as temporary:
         done = refit(template, state, temporary, old=before, metadata=origin, target=out)
         if network is None:
+            _require_constants(done, template, foreign=not known)
             report = verify_refit(template, temporary, done.weights, state, inputs, real, seed)
+            report = replace(report, notes=(*report.notes, *_unproven(done)))
         else:
             report = verify_onnx(network.model, folded, temporary, inputs, done.weights, real, seed=seed)
             unchanged = check_template(template, temporary, done.weights)
@@ -173,10 +176,34 @@ def _inputs(base: onnx.ModelProto, given: Sequence[InputSpec], template: Path) -
     return [replace(spec, name=name) for spec, name in zip(given, declared, strict=True)]
 
 
+def _require_constants(done: Refitted, template: Path, foreign: bool) -> None:
+    """What is left of the template was not computed from weights that are replaced.
+
+    Raises:
+        ArchitectureError: it may have been. Single values of a ``foreign`` file are let through: see :func:`_unproven`.
+    """
+    doubtful = [name for name in done.unproven if not foreign or name in done.kept]
+    if doubtful:
+        raise ArchitectureError(
+            f"{template}: holds {_told(doubtful)} beside the weights, which may be computed from them and would keep the "
+            "old values: give --arch, which proves the file with them or exports another without --template"
+        )
+
+
+def _unproven(done: Refitted) -> tuple[str, ...]:
+    """Single values of a foreign file."""
+    if not done.unproven:
+        return ()
+    return (f"not proven to be constants, and as in the template: {_told(done.unproven)}",)
+
+
 def _kept(done: Refitted) -> tuple[str, ...]:
-    """Arrays of the template that no weight is known for: constants, most likely."""
+    """Arrays of the template that no weight is known for."""
     if not done.kept:
         return ()
-    more = len(done.kept) - _LISTED
-    names = ", ".join(done.kept[:_LISTED]) + (f" and {more} more" if more > 0 else "")
-    return (f"as in the template, since no tensor of the checkpoint is known for them: {names}",)
+    return (f"as in the template, since no tensor of the checkpoint is known for them: {_told(done.kept)}",)
+
+
+def _told(names: Sequence[str]) -> str:
+    more = len(names) - _LISTED
+    return ", ".join(names[:_LISTED]) + (f" and {more} more" if more > 0 else "")

@@ -66,7 +66,7 @@ class Course:
             recipe=recipe.model_dump(mode="json"),
             data=described(data),
             progress=self.progress.state_dict(),
-            model=dict(self.model.state_dict()),
+            model={**self.model.state_dict(), **_unsaved(self.model)},
             optimizer=self.optimizer.state_dict(),
             schedule=self.schedule.state_dict(),
             early_stop=self.early_stop.state_dict(),
@@ -81,13 +81,15 @@ class Course:
         Raises:
             CheckpointError: it is of another network.
         """
-        shapes = [
-            {key: t.shape for key, t in held.items()} for held in (self.model.state_dict(), state.model)
-        ]
+        unsaved = _unsaved(self.model)
+        own = {**self.model.state_dict(), **unsaved}
+        shapes = [{key: t.shape for key, t in held.items()} for held in (own, state.model)]
         odd = [key for key in shapes[0] | shapes[1] if shapes[0].get(key) != shapes[1].get(key)]
         if odd:
             raise CheckpointError(f"{state.file}: is of another network: `{odd[0]}` differs")
-        self.model.load_state_dict(state.model)
+        self.model.load_state_dict({k: t for k, t in state.model.items() if k not in unsaved})
+        for key, buffer in unsaved.items():
+            buffer.copy_(state.model[key])
         try:
             self.optimizer.load_state_dict(state.optimizer)
         except ValueError as error:
@@ -107,6 +109,12 @@ class Course:
     def averaged(self) -> contextlib.AbstractContextManager[None]:
         """Inside, the model holds its average, where there is one: what is evaluated and saved."""
         return contextlib.nullcontext() if self.average is None else self.average.swapped(self.model)
+
+
+def _unsaved(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Buffers that a state_dict leaves out, which training may change all the same."""
+    saved = model.state_dict()
+    return {key: buffer for key, buffer in model.named_buffers() if key not in saved}
 
 
 def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:

@@ -34,8 +34,9 @@ def plot_curves(metrics: Path, out: Path) -> Path:
     left, right = figure.subplots(1, 2)
     losses = [line["loss"] for line in steps]
     left.plot([line["step"] for line in steps], losses, color=_TRAIN, alpha=0.25, linewidth=0.8)
-    smooth = _smoothed(losses, max(len(losses) // 50, 1))
-    left.plot([line["step"] for line in steps], smooth, color=_TRAIN, label="training, smoothed")
+    window = max(len(losses) // 50, 1)
+    label = f"training, mean of {window} steps" if window > 1 else "training"
+    left.plot([line["step"] for line in steps], _smoothed(losses, window), color=_TRAIN, label=label)
     at = [line["step"] for line in evaluations]
     left.plot(
         at, [line["validation_loss"] for line in evaluations], "o-", color=_VALIDATION, label="validation"
@@ -44,6 +45,9 @@ def plot_curves(metrics: Path, out: Path) -> Path:
     left.legend()
     _metric(right, evaluations)
     for axes in (left, right):
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.set_xlim(0, max(evaluations[-1]["step"], 1))
+        axes.margins(x=0.02)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     with staged(out, force=True) as temporary:

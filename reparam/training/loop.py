@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import random
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -71,7 +74,12 @@ def train(
     """
     world = world or World.current(recipe.device)
     devices = [world.device] if world.device.type == "cuda" else []
-    with world.together(), trainable(model, recipe), torch.random.fork_rng(devices=devices):
+    with (
+        world.together(),
+        trainable(model, recipe),
+        torch.random.fork_rng(devices=devices),
+        _random_numbers_kept(),
+    ):
         loop = _Loop(model, data, recipe, run, world, state_of, tell, stop)
         try:
             return loop.run(resume)
@@ -87,6 +95,17 @@ def train(
             model.eval()
         # Out of memory, and what the failed step held is free now that its exception is gone.
         raise loop.out_of_memory()
+
+
+@contextlib.contextmanager
+def _random_numbers_kept() -> Iterator[None]:
+    """Python's and numpy's are the caller's again afterwards."""
+    python, arrays = random.getstate(), np.random.get_state()  # noqa: NPY002
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(arrays)  # noqa: NPY002
 
 
 class _Stopped(Exception):  # noqa: N818 - no error
@@ -265,6 +284,8 @@ class _Loop:
         """The noise of a step, dropout's, depends on seed, step and rank alone."""
         key = int(sample_keys(self.recipe.seed, step, [_NOISE + self.world.rank])[0]) >> 1
         torch.default_generator.manual_seed(key)
+        random.seed(key)
+        np.random.seed(key % 2**32)  # noqa: NPY002 - what a network's own code may draw from
         if self.world.device.type == "cuda":
             torch.cuda.manual_seed(key)
 

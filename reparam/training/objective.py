@@ -117,9 +117,12 @@ class Objective:
             kind = "logits (N, classes)" if self.task == "classify" else f"values (N, {self.targets})"
             raise DataError(f"the network gives {got}, not {kind}")
         if self.task == "classify" and result.shape[1] < self.targets:
-            raise DataError(f"the network has {result.shape[1]} outputs, the data {self.targets} classes")
+            raise DataError(
+                f"the network has {result.shape[1]} output(s), the data {self.targets} classes: give the network as many "
+                "outputs, or --task regress where the targets are numbers to learn"
+            )
         if self.task == "regress" and result.shape[1] != self.targets:
             raise DataError(
-                f"the network has {result.shape[1]} outputs, the data {self.targets} values to learn"
+                f"the network has {result.shape[1]} output(s), the data {self.targets} value(s) to learn"
             )
         return result

@@ -5,6 +5,7 @@ The order of the data, augmentation and dropout are functions of seed and step: 
 
 from __future__ import annotations
 
+import hashlib
 import os
 import reprlib
 from collections.abc import Mapping
@@ -27,8 +28,10 @@ if TYPE_CHECKING:
 _FORMAT = 1
 #: a run may be resumed with others: they do not change what a step computes, or only where the run ends
 _MAY_CHANGE = frozenset(
-    {"epochs", "steps", "early_stop", "accumulate", "compile", "device", "workers", "save_every", "keep"}
+    {"epochs", "steps", "early_stop", "compile", "device", "workers", "save_every", "keep"}
 )
+#: unless its learning rates depend on where the run ends
+_ENDS = frozenset({"epochs", "steps"})
 
 
 @dataclass
@@ -125,9 +128,10 @@ class State:
             ReparamError: a field of the recipe differs that changes what a step computes.
             DataError: the data differs in size, shape or classes.
         """
+        fixed = _ENDS if recipe.schedule == "cosine" else frozenset()
         for name, value in recipe.model_dump(mode="json").items():
             before = self.recipe.get(name)
-            if value != before and name not in _MAY_CHANGE:
+            if value != before and (name in fixed or name not in _MAY_CHANGE):
                 option = f"--{name.replace('_', '-')}"
                 raise ReparamError(
                     f"{self.file}: the run has {option} {before}, not {value}: it can only go on as it began"
@@ -149,4 +153,17 @@ def described(data: Data) -> dict[str, Any]:
         "shape": list(data.shape),
         "training samples": len(data.train),
         "validation samples": len(data.validation),
+        "mean": list(data.mean),
+        "deviation": list(data.std),
+        "samples": _fingerprint(data),
     }
+
+
+def _fingerprint(data: Data) -> str:
+    """A hash of the first, the middle and the last sample of both parts."""
+    found = hashlib.sha256()
+    for part in (data.train, data.validation):
+        for index in sorted({0, len(part) // 2, len(part) - 1}):
+            for tensor in part.take([index]):
+                found.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()[:16]

@@ -7,6 +7,8 @@ explains is a failure of its own: NaN and Inf, another shape, type, name or numb
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from reparam.graph.inputs import InputSpec
+from reparam.layers import Reparameterized
 from reparam.verification.exact import Float64, Run, reference_copy, run
 from reparam.verification.logits import logits_of
 from reparam.verification.pools import MAX_FACTOR, Pool, Tolerance
@@ -177,11 +180,17 @@ class Comparison:
 
 
 def _dtype(model: nn.Module) -> torch.dtype:
-    """The floating type most of a model's parameters and buffers have."""
-    counts: dict[torch.dtype, int] = {}
+    """The floating type most of a model's plain weights and buffers have: angles are wider than what they hold."""
+    counts: Counter[torch.dtype] = Counter()
+    angles: set[int] = set()
+    for layer in model.modules():
+        if isinstance(layer, Reparameterized):
+            for name, held in layer.held.items():
+                counts[held.dtype] += math.prod(held.spec.shape)
+                angles.update(id(tensor) for tensor in layer.tensors(name).values())
     for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.is_floating_point():
-            counts[tensor.dtype] = counts.get(tensor.dtype, 0) + tensor.numel()
+        if tensor.is_floating_point() and id(tensor) not in angles:
+            counts[tensor.dtype] += tensor.numel()
     return max(counts, key=lambda dtype: counts[dtype]) if counts else torch.float32
 
 
@@ -192,12 +201,10 @@ def _decided(y: Run, f: Run, got: Tensor, index: int, pool: Pool) -> Check | Non
     if not bool(wrong.any()):
         return None
     told = f"{int(wrong.sum())} of {want.numel()} values differ"
-    found = y.decision(index)
-    if found is None:
+    decision = y.decision(index)
+    if decision is None:
         return Check("equal", False, where=told)
-    at, decision = found
-    decided = f.recorder.decisions
-    error = decision.error(decided[at] if at < len(decided) else None)
+    error = decision.error(f.decision(index))
     margin = decision.margin(got)[wrong]
     if float(margin.max()) > MAX_FACTOR * error:
         return Check(

@@ -51,10 +51,10 @@ class Decision:
         Those that were not picked do not count: a mask's −10⁹ would excuse everything.
 
         Args:
-            own: the same decision at the deployed type, None if there is none.
+            own: the same decision at the deployed type. None, or one of other numbers: nothing is excused.
         """
-        if own is None or own.left.shape != self.left.shape:
-            own = self
+        if own is None or own._shapes() != self._shapes():
+            return 0.0
         total = 0.0
         for exact, rounded in zip(self._deciding(self), self._deciding(own), strict=True):
             finite = torch.isfinite(exact) & torch.isfinite(rounded)
@@ -62,6 +62,10 @@ class Decision:
                 apart = (rounded - exact).abs()[finite]
                 total += max(FLOOR * float(exact[finite].abs().max()), float(apart.max()))
         return total
+
+    def _shapes(self) -> list[object]:
+        """What kind of decision it is, and of how many numbers."""
+        return [self.axis, *(getattr(side, "shape", type(side)) for side in (self.left, self.right))]
 
     def _deciding(self, at: Decision) -> list[Tensor]:
         """The numbers of ``at`` by which this one was decided."""

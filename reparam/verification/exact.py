@@ -168,11 +168,11 @@ class Run:
     recorder: Recorder = field(repr=False)
     names: list[str | None] = field(default_factory=list)
 
-    def decision(self, index: int) -> tuple[int, Decision] | None:
-        """The decision an output is, and how many were made before; None where it is none."""
-        for i, decision in enumerate(self.recorder.decisions):
+    def decision(self, index: int) -> Decision | None:
+        """The decision an output is; None where it is none."""
+        for decision in self.recorder.decisions:
             if decision.result is self.outputs[index]:
-                return i, decision
+                return decision
         return None
 
     def logits(self, index: int) -> Tensor | None:

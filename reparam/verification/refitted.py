@@ -10,7 +10,7 @@ trained in is not shown: only the network itself can.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -169,35 +169,73 @@ class _Deployment:
                 got = self.session.run(sample.inputs)
             except RuntimeFailed as error:
                 return [Check("runs in ONNX Runtime", False, where=f"{sample}: {error}")]
-            for name, new, old in zip(pools, got, before, strict=True):
-                if fault := _fault(new, old):
-                    return [replace(fault, where=f"output {name}, {sample}: {fault.where}")]
             ran += 1
-            if sample.group not in compared and self._compare(sample, got, pools):
+            fault = _first(pools, map(_misshapen, got, before))
+            if fault is None and sample.group not in compared:
                 compared.add(sample.group)
+                fault = self._compare(sample, got, before, pools)
+            if fault is None:
+                fault = _first(pools, (self._not_finite(*values) for values in zip(got, before, strict=True)))
+            if fault is not None:
+                return [replace(fault, where=f"{sample}, {fault.where}")]
         told = (
             f"{ran} inputs, as the template declares them"
             if ran
             else "the template takes none of what it declares"
         )
         checks = [Check("runs in ONNX Runtime", ran > 0, where=told)]
-        return checks + [check for pool in pools.values() if pool.groups for check in pool.checks()]
+        for pool in pools.values():
+            if pool.groups:
+                checks += pool.checks()
+            elif pool.floating and compared and self.graphs is not None:
+                told = f"output {pool.name} never held a finite value: nothing was compared"
+                checks.append(Check("compared", False, where=told))
+        return checks
 
-    def _compare(self, sample: Sample, got: Sequence[Tensor], pools: Mapping[str, Pool]) -> bool:
+    def _compare(
+        self, sample: Sample, got: Sequence[Tensor], before: Sequence[Tensor], pools: Mapping[str, Pool]
+    ) -> Check | None:
+        """Pool the errors of what is finite; the rest is what float64 gives, or the template overflows there too."""
         if self.graphs is None:
-            return False
+            return None
         try:
-            exact, own = self.graphs
-            y, f = _run(exact, self.session, sample, wide=True), _run(own, self.session, sample)
+            wide, as_it_is = self.graphs
+            y, f = _run(wide, self.session, sample, wide=True), _run(as_it_is, self.session, sample)
         except Exception as problem:  # as above
             self._not_compared(problem)
-            return False
-        for pool, *values in zip(pools.values(), y, f, got, strict=True):
-            if not values[2].is_floating_point():
+            return None
+        for pool, exact, rounded, new, old in zip(pools.values(), y, f, got, before, strict=True):
+            if not new.is_floating_point():
+                pool.floating = False
                 self._note(f"output {pool.name} is not floating: what it says was not compared")
-            elif bool(torch.isfinite(torch.cat([x.reshape(-1).double() for x in values])).all()):
-                pool.add(sample.group, str(sample), *values)
-        return True
+                continue
+            if new.shape != exact.shape:
+                told = f"{list(new.shape)}, its graph gives {list(exact.shape)}"
+                return Check("shape", False, where=f"output {pool.name}: {told}")
+            finite = torch.isfinite(exact) & torch.isfinite(new)
+            alike = finite | (new.double() == exact) | (new.isnan() & exact.isnan())
+            overflows = ~(torch.isfinite(new) | torch.isfinite(rounded) | torch.isfinite(old))
+            if not bool((alike | overflows).all()):
+                told = "NaN or Inf elsewhere than its graph in float64"
+                return Check("finite", False, where=f"output {pool.name}: {told}")
+            if not bool(alike.all()):
+                self._note(f"the template itself overflows on {sample}: left out")
+            if bool(finite.any()):
+                own = torch.where(torch.isfinite(rounded), rounded.double(), exact)
+                pool.add(sample.group, str(sample), *(torch.where(finite, x, 0.0) for x in (exact, own, new)))
+        return None
+
+    def _not_finite(self, new: Tensor, old: Tensor) -> Check | None:
+        """NaN or an Inf that the template has none of; where nothing else tells where one belongs, at its places."""
+        if not new.is_floating_point():
+            return None
+        kinds = (torch.isnan, torch.isposinf, torch.isneginf)
+        strange = any(bool(kind(new).any()) and not bool(kind(old).any()) for kind in kinds)
+        if self.graphs is None:
+            strange = strange or not torch.equal(torch.isfinite(new), torch.isfinite(old))
+        if strange:
+            return Check("finite", False, where="NaN or Inf, where the template gives none")
+        return None
 
     def _not_compared(self, problem: Exception) -> None:
         self.graphs = None
@@ -218,11 +256,16 @@ def _run(graph: ReferenceEvaluator, session: Session, sample: Sample, wide: bool
     return [torch.from_numpy(np.array(value)) for value in values]
 
 
-def _fault(new: Tensor, old: Tensor) -> Check | None:
-    """What is wrong with an output whatever the weights are."""
-    if new.shape != old.shape or new.dtype != old.dtype:
-        told = f"{new.dtype} {list(new.shape)}, the template gives {old.dtype} {list(old.shape)}"
-        return Check("shape", False, where=told)
-    if new.is_floating_point() and not bool(torch.isfinite(new).all()) and bool(torch.isfinite(old).all()):
-        return Check("finite", False, where="NaN or Inf, where the template gives none")
+def _misshapen(new: Tensor, old: Tensor) -> Check | None:
+    if new.shape == old.shape and new.dtype == old.dtype:
+        return None
+    told = f"{new.dtype} {list(new.shape)}, the template gives {old.dtype} {list(old.shape)}"
+    return Check("shape", False, where=told)
+
+
+def _first(names: Iterable[str], faults: Iterable[Check | None]) -> Check | None:
+    """The fault of the first output that has one."""
+    for name, fault in zip(names, faults, strict=True):
+        if fault is not None:
+            return replace(fault, where=f"output {name}: {fault.where}")
     return None

@@ -73,7 +73,9 @@ def verify_onnx(
     loud = [s for s in inputs if isinstance(s, Sample) and s.group == "scale 1"][:_ALGEBRA_SAMPLES]
 
     used = used_keys(plain, loud[0].inputs) if loud else set()
-    weights = check_weights(path, model, found, plain.state_dict(), used)
+    state = plain.state_dict()
+    constants = {name: x for name, x in plain.named_buffers() if name not in state}
+    weights = check_weights(path, model, found, state, used, constants)
     algebra, notes = _algebra(exact, path, model, found, loud)
     deployed = compare_onnx(
         reference, path, specs, outputs=outputs, tolerance=tolerance, tolerances=tolerances, exact=exact, inputs=inputs

@@ -20,9 +20,11 @@ from torch import Tensor, nn
 from reparam.errors import ReparamError
 from reparam.onnxfile import transforms
 from reparam.onnxfile.folded_norms import WITHIN
+from reparam.onnxfile.mapping import find_map
 from reparam.onnxfile.reading import Initializer, read_initializers
 from reparam.onnxfile.weight_map import Source, WeightMap
 from reparam.verification.exact import Float64, in_float64, run
+from reparam.verification.reaching import constant_tensors, read_names
 from reparam.verification.report import Check
 
 _LISTED = 8
@@ -50,6 +52,7 @@ def check_weights(
     weight_map: WeightMap,
     state: Mapping[str, Tensor],
     used: Collection[str] = (),
+    constants: Mapping[str, Tensor] | None = None,
 ) -> WeightProof:
     """Hold every initializer against the state_dict.
 
@@ -57,7 +60,8 @@ def check_weights(
         path, model: the file, external values not loaded.
         weight_map: where its initializers come from.
         state: the plain state_dict, in the types the file was made from.
-        used: keys the network computes with: each must be held by an initializer.
+        used: keys the network computes with: each must be held by an initializer that the outputs depend on.
+        constants: buffers that the state_dict leaves out: an initializer that holds one is no weight.
     """
     initializers = read_initializers(path, model)
     wrong: list[tuple[str, Check]] = []
@@ -81,19 +85,33 @@ def check_weights(
             compared += initializers[name].tensor().numel() if found is None else 0
         if found is not None:
             wrong.append((key, Check("weight", False, largest, where=f"`{key}`: {found}", proof="weights")))
-    unknown = [
-        value for name, value in initializers.items() if name not in weight_map.sources and _may_hold(value)
-    ]
-    free = [value for name, value in initializers.items() if name not in weight_map.sources]
-    lost, notes = _lost(weight_map, state, used, free), []
-    for key in lost:
-        alike = [value for value in unknown if _could_be(value, key, state[key])]
-        if alike or not unknown:
+    free = {name: value for name, value in initializers.items() if name not in weight_map.sources}
+    unknown = [name for name, value in free.items() if _may_hold(value)]
+    unread = initializers.keys() - read_names(model)
+    proven = {key for name, source in weight_map.sources.items() if name not in unread for key in source.keys}
+    mapped = {key for source in weight_map.sources.values() for key in source.keys}
+    held = proven & state.keys()
+    unproven = _unproven(held, state, used)
+    lost = [key for key in unproven if not _may_be_shared(state[key], held, state, free.values())]
+    strangers: dict[str, Initializer] = {}
+    if unproven:
+        inside = free | constant_tensors(path, model)
+        strangers = _strangers(inside, {**(constants or {}), **state})
+    notes = []
+    for key in unproven:
+        alike = [
+            name
+            for name, value in strangers.items()
+            if name == key or (name not in unproven and _fits(value, state[key]))
+        ]
+        if key in lost:
+            alike += [name for name in unknown if _could_be(free[name], key, state[key])]
+        if alike or (key in lost and (key in mapped or not unknown)):  # mapped: to what nothing reads
             told = "no initializer holds it, though the network computes with it"
-            told += f"; `{alike[0].proto.name}` would fit, but has other values" if alike else ""
+            told += f"; `{alike[0]}` would fit, but has other values" if alike else ""
             wrong.append((key, Check("weight", False, where=f"`{key}`: {told}", proof="weights")))
     if unknown:
-        names = ", ".join(value.proto.name for value in unknown[:_LISTED])
+        names = ", ".join(unknown[:_LISTED])
         told = f"; not found in the file: {', '.join(lost[:_LISTED])}" if lost else ""
         notes.append(f"weights: no key is known for {names}: outputs alone speak for them{told}")
     if wrong:
@@ -117,6 +135,12 @@ def _rounding(source: Source, value: Initializer) -> float:
 def _could_be(value: Initializer, key: str, weight: Tensor) -> bool:
     """Whether an initializer is likely to be a changed copy of a weight."""
     return value.proto.name == key or int(np.prod(value.shape)) == weight.numel()
+
+
+def _fits(value: Initializer, weight: Tensor) -> bool:
+    """Whether a tensor has a weight's shape, axes in any order."""
+    shapes = [sorted(size for size in shape if size != 1) for shape in (value.shape, weight.shape)]
+    return shapes[0] == shapes[1]
 
 
 def _difference(initializer: Initializer, wanted: Tensor, within: float) -> tuple[str | None, float | None]:
@@ -155,33 +179,43 @@ def _bits(tensor: Tensor) -> Tensor:
 
 def _may_hold(value: Initializer) -> bool:
     """Whether an initializer could hold weights: floats, and more than one."""
-    return value.dtype is not None and value.dtype.is_floating_point and int(np.prod(value.shape)) > 1
+    return _is_floating(value) and int(np.prod(value.shape)) > 1
 
 
-def _lost(
-    weight_map: WeightMap,
-    state: Mapping[str, Tensor],
-    used: Collection[str],
-    free: Collection[Initializer],
-) -> list[str]:
-    """Used keys that no initializer holds, neither one of the map nor one of the ``free``, whose source is not known.
+def _is_floating(value: Initializer) -> bool:
+    return value.dtype is not None and value.dtype.is_floating_point
 
-    Tied ones are held by any of them. So are equal ones, of which exporters keep one. A bias of zeros needs no place at
-    all: exporters drop what adds nothing, and a weight of zeros that is lost shows in what the graph computes.
-    """
-    held = {key for source in weight_map.sources.values() for key in source.keys if key in state}
+
+def _unproven(held: Collection[str], state: Mapping[str, Tensor], used: Collection[str]) -> list[str]:
+    """Used keys that no initializer of the map holds. Tied ones are held by any of them."""
     places = {_place(state[key]) for key in held}
+    return [key for key, x in state.items() if key in used and key not in held and _place(x) not in places]
 
-    def is_held(key: str, value: Tensor) -> bool:
-        return (
-            key in held
-            or _place(value) in places
-            or not bool(value.any())
-            or any(same_bits(value, state[other]) for other in held)
-            or any(other.shape == value.shape and same_bits(value, other.tensor()) for other in free)
-        )
 
-    return [key for key, value in state.items() if key in used and not is_held(key, value)]
+def _may_be_shared(
+    value: Tensor, held: Collection[str], state: Mapping[str, Tensor], free: Collection[Initializer]
+) -> bool:
+    """Whether a weight needs no initializer of its own in the map.
+
+    Of equal ones exporters keep one, of the map or of the ``free``, whose source is not known. A bias of zeros needs no
+    place at all: exporters drop what adds nothing, and a weight of zeros that is lost shows in what the graph computes.
+    """
+    return (
+        not bool(value.any())
+        or any(same_bits(value, state[other]) for other in held)
+        or any(other.shape == value.shape and same_bits(value, other.tensor()) for other in free)
+    )
+
+
+def _strangers(free: Mapping[str, Initializer], state: Mapping[str, Tensor]) -> dict[str, Initializer]:
+    """Floats that hold nothing of ``state``, however it is rearranged; a single number only under a key's name."""
+    found = find_map(free, state)
+    known = {*found.weights.sources, *found.ambiguous}
+    return {
+        name: value
+        for name, value in free.items()
+        if name in found.unknown or (name in state and name not in known and _is_floating(value))
+    }
 
 
 def used_keys(model: nn.Module, inputs: Sequence[Tensor]) -> set[str]:
