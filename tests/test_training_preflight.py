@@ -55,7 +55,11 @@ BAD: dict[str, tuple[nn.Module, Data, str]] = {
     "images": (linear(9, 3), pictures(), "the network does not take inputs of 2x6x6, as the data has: "),
     "too few classes": (linear(6, 2), labelled(), "the network has 2 output(s), the data 3 classes"),
     "too few values": (linear(6, 1), measured(), "the network has 1 output(s), the data 2 value(s) to learn"),
-    "too many values": (linear(6, 3), measured(), "the network has 3 output(s), the data 2 value(s) to learn"),
+    "too many values": (
+        linear(6, 3),
+        measured(),
+        "the network has 3 output(s), the data 2 value(s) to learn",
+    ),
     "a map": (nn.Conv2d(2, 3, 1), pictures(), "the network gives [2, 3, 6, 6], not logits (N, classes)"),
     "a flat answer": (Answer(torch.zeros(2)), labelled(), "the network gives [2], not logits (N, classes)"),
     "no tensor": (Answer({"loss": 1}), labelled(), "the network gives dict, not logits (N, classes)"),
