@@ -18,6 +18,10 @@ from reparam.checkpoint.reading import bytes_of
 if TYPE_CHECKING:
     from torch import Tensor
 
+# Bytes of one call. Linux caches larger writes in pages of 2 MB, which a virtual machine's host may have taken back: then
+# writing takes five times as long.
+_PIECE = 1 << 19
+
 #: key -> (element type, shape)
 Entries = Mapping[str, tuple[str, tuple[int, ...]]]
 
@@ -116,7 +120,7 @@ class SafetensorsWriter:
     def _put(self, offset: int, data: memoryview) -> None:
         if hasattr(os, "pwrite"):
             while data:
-                count = os.pwrite(self._file.fileno(), data, offset)
+                count = os.pwrite(self._file.fileno(), data[:_PIECE], offset)
                 data, offset = data[count:], offset + count
             return
         self._file.seek(offset)  # Windows
