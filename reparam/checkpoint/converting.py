@@ -76,15 +76,16 @@ def convert_checkpoint(
 
     from reparam.checkpoint import running
 
-    plan = running.decide(plan, exact)
-    files = plan.files()
-    total = sum(file.nbytes for file in files.values())
-    require_space(target, total + folders.companions_size(checkpoint))
-    with staged(target, force) as temporary:
-        folders.prepare(checkpoint, temporary)
-        places = {source: folders.file_in(checkpoint, temporary, source) for source in files}
-        fidelity = running.write(checkpoint, files, places, progress)
-        folders.finish(checkpoint, temporary, files)
+    with running.fast(plan):
+        plan = running.decide(plan, exact)
+        files = plan.files()
+        total = sum(file.nbytes for file in files.values())
+        require_space(target, total + folders.companions_size(checkpoint))
+        with staged(target, force) as temporary:
+            folders.prepare(checkpoint, temporary)
+            places = {source: folders.file_in(checkpoint, temporary, source) for source in files}
+            fidelity = running.write(checkpoint, files, places, progress)
+            folders.finish(checkpoint, temporary, files)
     return _report(plan, target, files, fidelity, began, dry_run=False)
 
 

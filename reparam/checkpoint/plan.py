@@ -38,6 +38,11 @@ class Step:
     dialect: str = ""
     record: LayerRecord | None = None
 
+    @property
+    def forms(self) -> set[str]:
+        """The parameterizations between which its values are mapped, if they are."""
+        return set() if self.record is None else {self.layer.kind, self.record.kind}
+
     def outputs(self) -> dict[str, tuple[str, str, tuple[int, ...]]]:
         """Role -> (key, element type, shape) of a converted layer's tensors."""
         assert self.record is not None

@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
@@ -27,6 +27,7 @@ from reparam.checkpoint.source import Source, divisible
 from reparam.checkpoint.workers import each
 from reparam.checkpoint.writing import SafetensorsWriter
 from reparam.errors import NonFiniteError, SelectionError
+from reparam.kernels.backend import compiled_conversion
 
 if TYPE_CHECKING:
     from reparam.checkpoint.converting import Progress
@@ -37,6 +38,8 @@ _BLOCKS = 4
 _FLUSH = 0.05
 # Bytes to write from which on worker processes are worth their start.
 _WORTHWHILE = 1 << 25
+# Bytes to read from which on the compiled loops of GmP's map are worth the half second that they take to load.
+_WORTH_LOADING = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,12 @@ class _Task:
 
 #: the file of the source whose place is written, and what into it: blocks of a layer, or the copy of a key
 _Job = tuple[Path, _Task | str]
+
+
+def fast(plan: Plan) -> AbstractContextManager[None]:
+    """Carry a plan out within this, for compiled loops where they are worth their start."""
+    worthwhile = plan.checkpoint.nbytes >= _WORTH_LOADING and any("gmp" in step.forms for step in plan.steps)
+    return compiled_conversion() if worthwhile else nullcontext()
 
 
 def decide(plan: Plan, exact: bool) -> Plan:

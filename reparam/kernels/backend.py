@@ -9,21 +9,26 @@
 A backend is one module with ``decode`` and ``rows_gradient``, called as the reference's
 (:func:`reparam.kernels.hyperspherical.decode`, :func:`reparam.kernels.gradient.rows_gradient`), and ``refusal``, which
 says in words why it cannot map given angles, or None. It is imported when a tensor on its device is first mapped.
+
+A conversion maps every weight once, which is seldom worth loading anything: see :func:`compiled_conversion`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
 from reparam.kernels.gradient import rows_gradient
-from reparam.kernels.hyperspherical import decode
+from reparam.kernels.hyperspherical import decode, encode
 
 # By device: the backend's name and its module.
 _OWN = {
@@ -40,16 +45,19 @@ class Backend:
         name: "reference" or a name of the table above.
         decode: see :func:`reparam.kernels.hyperspherical.decode`.
         gradient: see :func:`reparam.kernels.gradient.rows_gradient`.
+        encode: see :func:`reparam.kernels.hyperspherical.encode`.
         instead: why the device's own backend does not run, where it has one and this is the reference.
     """
 
     name: str
     decode: Callable[..., Tensor]
     gradient: Callable[..., tuple[Tensor, Tensor]]
+    encode: Callable[[Tensor, torch.dtype], tuple[Tensor, Tensor]] = encode
     instead: str | None = None
 
 
 REFERENCE = Backend("reference", decode, rows_gradient)
+_converting: ContextVar[Backend] = ContextVar("converting", default=REFERENCE)
 
 
 def choose(theta: Tensor) -> Backend:
@@ -67,6 +75,30 @@ def choose(theta: Tensor) -> Backend:
     if reason is not None:
         return replace(REFERENCE, instead=f"{name}: {reason}")
     return Backend(name, module.decode, module.rows_gradient)
+
+
+def for_conversion() -> Backend:
+    """What maps weights and angles once, not at every step: the reference, but within :func:`compiled_conversion`."""
+    return _converting.get()
+
+
+@contextlib.contextmanager
+def compiled_conversion() -> Iterator[None]:
+    """Within, conversions on the CPU run in its own backend, where there is one, and in processes forked meanwhile.
+
+    That takes half a second to begin with, and some seconds when the loops are built for the first time.
+    """
+    name, path = _OWN["cpu"]
+    module = _imported(path)
+    if isinstance(module, str):
+        yield
+        return
+    module.prepare()
+    before = _converting.set(Backend(name, module.decode, module.rows_gradient, module.encode))
+    try:
+        yield
+    finally:
+        _converting.reset(before)
 
 
 def name(theta: Tensor) -> str:

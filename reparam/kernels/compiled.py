@@ -1,7 +1,7 @@
 """The map on a CPU in compiled loops: every angle is read where it lies and looked at in registers, not in passes.
 
-:mod:`reparam.kernels.compiled_loops` has the loops; here they are called as the reference is, on torch's tensors and on
-as many threads as torch would take. Needs numba.
+:mod:`reparam.kernels.compiled_loops` and :mod:`reparam.kernels.compiled_angles` have the loops; here they are called as
+the reference is, on torch's tensors and on as many threads as torch would take. Needs numba.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from reparam.kernels import hyperspherical
+from reparam.kernels.compiled_angles import angles
 from reparam.kernels.compiled_loops import LANES, gradient, rows
-from reparam.kernels.hyperspherical import right_angle
+from reparam.kernels.hyperspherical import right_angle, stored_radius
 
 # Angles from which on a thread is worth its start.
 _SHARE = 1 << 17
@@ -26,6 +28,24 @@ _SHARE = 1 << 17
 def refusal(theta: Tensor) -> str | None:
     """Why these angles cannot be mapped here; None where they can."""
     return None if theta.dtype in (torch.float32, torch.float64) else f"angles in {theta.dtype}"
+
+
+def prepare() -> None:
+    """Have the loops of a conversion built, or read back, before processes are forked that would each do it."""
+    for dtype in (torch.float32, torch.float64):
+        radius, theta = encode(torch.ones(1, 2), dtype)
+        decode(theta, 2, dtype, radius)
+
+
+def encode(weight_RN: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Radius and angles of every row: see :func:`reparam.kernels.hyperspherical.encode`."""
+    rows, n = weight_RN.shape
+    if n == 1 or weight_RN.dtype == torch.float64:  # whose squares may not fit float64
+        return hyperspherical.encode(weight_RN, dtype)
+    weight = weight_RN.detach().float().contiguous()
+    length, theta = torch.empty(rows, dtype=torch.float64), torch.empty(rows, n - 1, dtype=dtype)
+    _in_threads(angles, [_numpy(weight), _numpy(length), _numpy(theta)], (), weight.numel())
+    return stored_radius(length, dtype), theta
 
 
 def decode(
@@ -72,7 +92,7 @@ def _zeros(stored: torch.dtype) -> tuple[float, float]:
 
 
 def _in_threads(
-    function: Callable[..., None], arrays: list[Any], zeros: tuple[float, float], angles: int
+    function: Callable[..., None], arrays: list[Any], constants: tuple[float, ...], angles: int
 ) -> None:
     """Run on as many threads as torch would, none of which outlives the call: forked processes miss nothing."""
     total = len(arrays[0])
@@ -80,10 +100,10 @@ def _in_threads(
     ends = [*(total * part // count // LANES * LANES for part in range(count)), total]
     shares = [[array[begin:end] for array in arrays] for begin, end in pairwise(ends)]
     if count == 1:
-        function(*shares[0], *zeros)
+        function(*shares[0], *constants)
         return
     with ThreadPoolExecutor(count - 1) as threads:
-        others = [threads.submit(function, *share, *zeros) for share in shares[1:]]
-        function(*shares[0], *zeros)
+        others = [threads.submit(function, *share, *constants) for share in shares[1:]]
+        function(*shares[0], *constants)
         for other in others:
             other.result()

@@ -45,21 +45,22 @@ def _compiler(*freedoms: str) -> Callable[[_Function], _Function]:
     """numba's, with these freedoms in floating-point arithmetic."""
     options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": set(freedoms)}
 
-    def compiled(function: _Function) -> _Function:
+    def decorate(function: _Function) -> _Function:
         try:
             made = numba.njit(cache=True, **options)(function)
         except RuntimeError:  # neither beside this file nor in the user's home can anything be kept
             made = numba.njit(**options)(function)
         return made  # type: ignore[no-any-return]
 
-    return compiled
+    return decorate
 
 
-_compiled = _compiler("contract")
+#: numba's compiler as all loops here take it
+compiled = _compiler("contract")
 _in_any_order = _compiler("contract", "reassoc")
 
 
-@_compiled
+@compiled
 def _sine_cosine(t: Any, right: float, sine: Any, cosine: Any) -> None:
     """Of one block. Counting what is large compiles to vector code, as looking for the largest would not."""
     large, far = 0, 0
@@ -111,7 +112,7 @@ def _cosines(t: Any, right: float, sine: Any, cosine: Any) -> float:
     return product
 
 
-@_compiled
+@compiled
 def _prefix(cosine: Any, m: int, p: Any, prefix: Any) -> None:
     """P of m angles of every lane; ``p`` goes on from where it was."""
     p0, p1, p2, p3 = p[0], p[1], p[2], p[3]
@@ -124,7 +125,7 @@ def _prefix(cosine: Any, m: int, p: Any, prefix: Any) -> None:
     p[0], p[1], p[2], p[3] = p0, p1, p2, p3
 
 
-@_compiled
+@compiled
 def _suffix(cosine: Any, m: int, s: Any, drive: Any) -> None:
     """Replace sin t_j·g_j by S_{j+1} in every lane, the last first; ``s`` goes on from where it was."""
     s0, s1, s2, s3 = s[0], s[1], s[2], s[3]
@@ -139,7 +140,7 @@ def _suffix(cosine: Any, m: int, s: Any, drive: Any) -> None:
     s[0], s[1], s[2], s[3] = s0, s1, s2, s3
 
 
-@_compiled
+@compiled
 def rows(theta: Any, radius: Any, out: Any, right: float, straight: float) -> None:
     """Fill ``out``, shape (rows, n), with r·u(theta).
 
@@ -173,7 +174,7 @@ def rows(theta: Any, radius: Any, out: Any, right: float, straight: float) -> No
                 out[min(row + k, count - 1), n - 1] = p[k]
 
 
-@_compiled
+@compiled
 def gradient(
     theta: Any, radius: Any, grad: Any, d_radius: Any, d_theta: Any, right: float, straight: float
 ) -> None:

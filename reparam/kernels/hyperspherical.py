@@ -70,11 +70,11 @@ def encode(weight_RN: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     theta = torch.empty(rows, max(n - 1, 1), dtype=dtype, device=weight_RN.device)
     for part in chunks(rows, n):
         _encode_chunk(weight_RN[part], length[part], theta[part])
-    return _radius(length, dtype), theta
+    return stored_radius(length, dtype), theta
 
 
-def _radius(length: Tensor, dtype: torch.dtype) -> Tensor:
-    """Norms of rows as they are stored."""
+def stored_radius(length: Tensor, dtype: torch.dtype) -> Tensor:
+    """Norms of rows as they are stored; NonFiniteError where one is NaN or Inf, or does not fit ``dtype``."""
     if not _all_finite(length):
         raise NonFiniteError("NaN or Inf")
     radius = length.to(dtype)

@@ -50,9 +50,10 @@ class Geometric(Parameterization):
     def decompose(
         self, weight: Tensor, bias: Tensor | None, spec: WeightSpec, bias_role: str | None = None
     ) -> dict[str, Tensor]:
-        from reparam.kernels.hyperspherical import encode
+        from reparam.kernels.backend import for_conversion
 
-        radius, theta = encode(spec.unit.to_rows(weight), torch_dtype(spec.stored))
+        stored = torch_dtype(spec.stored)
+        radius, theta = for_conversion().encode(spec.unit.to_rows(weight), stored)
         tensors = {"r": radius, "theta": theta}
         if bias is not None:
             lambda_ = _lambda(radius, bias)
@@ -64,13 +65,14 @@ class Geometric(Parameterization):
         return tensors
 
     def compose(self, tensors: Mapping[str, Tensor], spec: WeightSpec) -> tuple[Tensor, Tensor | None]:
-        from reparam.kernels.hyperspherical import decode, right_angle
+        from reparam.kernels.backend import for_conversion
+        from reparam.kernels.hyperspherical import right_angle
 
         theta, radius = tensors["theta"], tensors["r"].reshape(-1)
         stored = torch_dtype(spec.stored)
         if spec.theta_origin == "pole":
             theta = _from_pole(theta.double(), right_angle(stored))
-        rows = decode(theta, spec.fan_in, stored, radius)
+        rows = for_conversion().decode(theta, spec.fan_in, stored, radius)
         bias = tensors.get("bias")
         if "lambda_" in tensors:
             lambda_ = tensors["lambda_"].double()
