@@ -203,7 +203,7 @@ def test_all_of_them(small: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     converted = {
         "what": "convert",
         "machine": results()["machine"],
-        "settings": {"gigabytes": 0.5, "dtype": "BF16", "repeats": 1},
+        "settings": {"gigabytes": 0.5, "dtype": "BF16", "repeats": 1, "backend": "compiled"},
         "results": [
             {"name": "SP → GmP", "ratio": 3.5, "durable_ratio": 3.0, "seconds": 1.0, "peak_mb": 1.0, "read_mb": 1.0,
              "written_mb": 1.0}

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from reparam.checkpoint import convert_checkpoint, running, workers
+from reparam.checkpoint import convert_checkpoint, running, workers, writing
 from reparam.checkpoint.workers import each
 from reparam.errors import NonFiniteError, OutputError, ReparamError
 
@@ -140,6 +140,23 @@ def test_processes_write_what_one_process_writes(
     several = convert_checkpoint(tmp_path / "m.safetensors", to, output=tmp_path / "several.safetensors")
     assert (tmp_path / "alone.safetensors").read_bytes() == (tmp_path / "several.safetensors").read_bytes()
     assert alone.layers == several.layers
+
+
+def test_what_is_written_in_pieces_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A piece at a time, of which the system may take less."""
+    pwrite = os.pwrite
+    sizes: list[int] = []
+    monkeypatch.setattr(writing, "_PIECE", 64)
+
+    def some(file: int, data: memoryview, at: int) -> int:
+        sizes.append(len(data))
+        return pwrite(file, data[:37], at)
+
+    monkeypatch.setattr(os, "pwrite", some)
+    save_file({"a.weight": torch.arange(600.0).reshape(20, 30)}, tmp_path / "m.safetensors")
+    convert_checkpoint(tmp_path / "m.safetensors", "wn")
+    assert max(sizes) == 64
+    assert torch.equal(load_file(tmp_path / "m.wn.safetensors")["a.weight_v"].flatten(), torch.arange(600.0))
 
 
 def test_a_bad_value_met_by_a_process_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

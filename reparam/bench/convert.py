@@ -1,11 +1,12 @@
 """Conversion against the least one can do: safetensors' own load_file and save_file of the same shards.
 
 Each job runs in a process of its own, so that its peak memory is its own; jobs are interleaved, so that a machine that
-slows down slows all of them.
+slows down slows all of them, and each repeat begins with another one, so that none always follows the same.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 import statistics
@@ -67,9 +68,11 @@ def bench_convert(
     Returns:
         JSON value: machine, settings, and a :class:`JobResult` a job.
     """
-    # generate() imports torch; this module does not need it.
+    # These import torch; this module does not need it.
     from reparam.bench.generate import generate
+    from reparam.checkpoint.running import WORTH_LOADING
 
+    compiled = gigabytes * 1e9 >= WORTH_LOADING and importlib.util.find_spec("numba") is not None
     folder = Path(tempfile.mkdtemp(prefix="reparam-bench-", dir=where))
     try:
         tell(f"generating {gigabytes:g} GB of {dtype}")
@@ -77,7 +80,8 @@ def bench_convert(
         _run(folder, "sp", "gmp", keep=True)
         runs: dict[str, list[dict[str, float]]] = {name: [] for name in JOBS}
         for repeat in range(repeats):
-            for name, (source, to) in JOBS.items():
+            for name in rotated(list(JOBS), repeat):
+                source, to = JOBS[name]
                 tell(f"repeat {repeat + 1} of {repeats}: {name}")
                 runs[name].append(_run(folder, source, to, durable=name == DURABLE))
     finally:
@@ -86,9 +90,21 @@ def bench_convert(
     return {
         "what": "convert",
         "machine": describe(),
-        "settings": {"gigabytes": gigabytes, "dtype": dtype, "repeats": repeats, "cache": "warm"},
+        "settings": {
+            "gigabytes": gigabytes,
+            "dtype": dtype,
+            "repeats": repeats,
+            "cache": "warm",
+            "backend": "compiled" if compiled else "reference",
+        },
         "results": [vars(result) for result in results],
     }
+
+
+def rotated(names: list[str], by: int) -> list[str]:
+    """The same in the same order, beginning with another one."""
+    start = by % len(names)
+    return names[start:] + names[:start]
 
 
 _Runs = list[dict[str, float]]
