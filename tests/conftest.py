@@ -36,3 +36,9 @@ def folder(tmp_path: Path) -> Path:
     save_file({"fc.weight": gaussian(40, 40)}, tmp_path / "model" / "model.safetensors")
     (tmp_path / "model" / "config.json").write_text("{}")
     return tmp_path / "model"
+
+
+@pytest.fixture
+def unsynced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is synced to the disk: a killed process loses nothing of what it wrote, only the machine's death would."""
+    monkeypatch.setattr(os, "fsync", lambda handle: None)

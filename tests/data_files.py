@@ -1,4 +1,4 @@
-"""Small datasets in every format that is read, all of the same samples."""
+"""Small datasets in every format that is read, all of the same samples, and what is read of them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import gzip
 import io
 import json
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +16,16 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import save_file
+from torch import Tensor
+
+from reparam.training.data import Data, Samples
+from reparam.training.data.split import Subset
 
 CLASSES = ("cat", "dog", "emu")
 Pixels = NDArray[np.uint8]
+Writer = Callable[[Path], Path]
+#: of statistics and pixels that were computed in float32
+FLOAT32 = 1e-6
 
 
 def pictures(count: int = 12, channels: int = 3, size: tuple[int, int] = (6, 5), seed: int = 0) -> Pixels:
@@ -32,7 +39,12 @@ def labels_of(count: int = 12) -> NDArray[np.int64]:
     return np.arange(count) % len(CLASSES)
 
 
-def stored(pixels: Pixels) -> torch.Tensor:
+#: the samples themselves, which are written in every format
+PICTURES, LABELS = pictures(), labels_of()
+NAMES = [CLASSES[label] for label in LABELS]
+
+
+def stored(pixels: Pixels) -> Tensor:
     """(N, C, H, W), as samples hold them."""
     return torch.from_numpy(pixels[:, None] if pixels.ndim == 3 else pixels.transpose(0, 3, 1, 2).copy())
 
@@ -114,3 +126,17 @@ def save_arrays(path: Path, **arrays: NDArray[np.generic]) -> Path:
             {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}, path
         )
     return path
+
+
+def everything(samples: Samples) -> tuple[Tensor, Tensor]:
+    """Inputs and targets of all samples."""
+    return samples.take(range(len(samples)))
+
+
+def whole(data: Data) -> tuple[Tensor, Tensor]:
+    """All samples in the order of the file, though they are drawn into two parts."""
+    assert isinstance(data.train, Subset)
+    assert isinstance(data.validation, Subset)
+    both = sorted([*data.train.indices, *data.validation.indices])
+    assert both == list(range(12))
+    return everything(data.train.samples)

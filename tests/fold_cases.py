@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -86,6 +87,16 @@ def block(joined: str, shape: tuple[int, ...] = (2, 2, 5, 5), **expected: dict[s
     return Case(lambda: randomized(Block(joined)), (shape,), {"conv1": "relu1"}, **expected)
 
 
+def stopped(at: str, place: str = "relu1", **between: nn.Module) -> Case:
+    """Two convolutions: the signs of the first get as far as the module ``at``, its scale stands behind ``place``."""
+
+    def build() -> nn.Module:
+        first = {"conv1": nn.Conv2d(2, 4, 3), "relu1": nn.ReLU()}
+        return sequential(**first, **copy.deepcopy(between), conv2=nn.Conv2d(4, 3, 2))
+
+    return Case(build, ((2, 2, 8, 8),), {"conv1": place}, remains={"conv1": f"`{at}`"})
+
+
 CASES = {
     "conv relu pool conv": Case(
         lambda: sequential(
@@ -168,46 +179,10 @@ CASES = {
         {"fc1": ("fc2",), "fc2": ("fc3",)},
         {"fc3": "does not take its units as input channels"},
     ),
-    "a max-pool behind an average": Case(
-        lambda: sequential(
-            conv1=nn.Conv2d(2, 4, 3),
-            relu1=nn.ReLU(),
-            avg=nn.AvgPool2d(2, 1),
-            pool=nn.MaxPool2d(2),
-            conv2=nn.Conv2d(4, 3, 2),
-        ),
-        ((2, 2, 8, 8),),
-        {"conv1": "relu1"},
-        remains={"conv1": "`pool`"},
-    ),
-    "two max-pools": Case(
-        lambda: sequential(
-            conv1=nn.Conv2d(2, 4, 3),
-            relu1=nn.ReLU(),
-            pool1=nn.MaxPool2d(2, 1),
-            pool2=nn.MaxPool2d(2),
-            conv2=nn.Conv2d(4, 3, 2),
-        ),
-        ((2, 2, 8, 8),),
-        {"conv1": "pool1"},
-        remains={"conv1": "`pool2`"},
-    ),
-    "another activation": Case(
-        lambda: sequential(
-            conv1=nn.Conv2d(2, 4, 3), relu1=nn.ReLU(), act=nn.LeakyReLU(0.3), conv2=nn.Conv2d(4, 3, 2)
-        ),
-        ((2, 2, 8, 8),),
-        {"conv1": "relu1"},
-        remains={"conv1": "`act`"},
-    ),
-    "batch norm": Case(
-        lambda: sequential(
-            conv1=nn.Conv2d(2, 4, 3), relu1=nn.ReLU(), bn=nn.BatchNorm2d(4), conv2=nn.Conv2d(4, 3, 2)
-        ),
-        ((2, 2, 8, 8),),
-        {"conv1": "relu1"},
-        remains={"conv1": "`bn`"},
-    ),
+    "a max-pool behind an average": stopped("pool", avg=nn.AvgPool2d(2, 1), pool=nn.MaxPool2d(2)),
+    "two max-pools": stopped("pool2", "pool1", pool1=nn.MaxPool2d(2, 1), pool2=nn.MaxPool2d(2)),
+    "another activation": stopped("act", act=nn.LeakyReLU(0.3)),
+    "batch norm": stopped("bn", bn=nn.BatchNorm2d(4)),
     "tied": Case(tied, ((2, 3, 4, 4),), {"conv1": "relu1"}, remains={"conv1": "shares parameters"}),
     "two convolutions": block("convs", pushed={"conv1": ("conv2", "conv3")}),
     "functions between": block("functional", pushed={"conv1": ("conv2",)}),

@@ -14,12 +14,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from data_files import (
+    LABELS,
+    PICTURES,
     class_folders,
     described,
     encoded,
     idx_files,
     image_parquet,
-    labels_of,
     pictures,
     save_arrays,
 )
@@ -29,7 +30,6 @@ from reparam.errors import DataError
 from reparam.training.data import Batches, load_data, parquet
 
 Writer = Callable[[Path], object]
-PICTURES, LABELS = pictures(), labels_of()
 
 
 def text(content: str | bytes, name: str = "t.csv") -> Writer:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from data_files import class_folders, labels_of, pictures, save_arrays
+from data_files import FLOAT32, class_folders, labels_of, pictures, save_arrays
 from torch import Tensor
 from torch.utils.data._utils import signal_handling
 
@@ -18,7 +18,6 @@ from reparam.training.data import Augment, Batches, Data, Samples, load_data
 from reparam.training.data.loader import prepare
 from reparam.training.data.randomness import sample_keys, seeded, uniform
 
-FLOAT32 = 1e-6
 AUGMENT = Augment(flip=True, crop=2)
 Pairs = list[tuple[Tensor, Tensor]]
 

@@ -2,261 +2,29 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
-from torch import Tensor, nn
+from distributed_cases import CASES, MODELS, RUNS, batch, network, normed, perceptron, run, steps
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
-from training_cases import Held, geometric, labelled, plain, recipe, trained, values
+from training_cases import labelled
+from two_ranks import spawn_both
 
-from reparam import convert
-from reparam.errors import DataError, ReparamError
-from reparam.layers import layer_class
+from reparam.errors import ReparamError
 from reparam.training.distributed import World
-from reparam.training.events import EvaluationEvent, Event, StepEvent
 
 pytestmark = pytest.mark.slow  # processes that import torch
-
 CLOSE = 1e-10
-
-
-class Recurrent(nn.Module):
-    """(N, 3, 6, 6) images as six steps of 18 numbers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.rnn = nn.RNN(18, 6, batch_first=True)
-        self.head = nn.Linear(6, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.head(self.rnn(x.reshape(len(x), 6, 18))[0][:, -1])
-        return out
-
-
-def network(form: str | None = None, mean: str | None = None) -> nn.Module:
-    torch.manual_seed(0)
-    parts = [nn.Conv2d(3, 4, 3, padding=1, stride=2), nn.ReLU(), nn.Conv2d(4, 4, 2, groups=2), nn.ReLU()]
-    model = nn.Sequential(*parts, nn.Flatten(), nn.Linear(16, 5)).double()
-    if form is not None:
-        model = convert(model, to=form)
-        for name in ("0", "2") if mean is not None else ():
-            model.get_submodule(name).normalize_mean(mean)
-    return model
-
-
-def recurrent() -> nn.Module:
-    torch.manual_seed(0)
-    model = Recurrent().double()
-    model.rnn = layer_class("gmp", nn.RNN).from_plain(model.rnn).normalize_mean("mn")
-    return model
-
-
-MODELS: dict[str, Callable[[], nn.Module]] = {
-    "plain": network,
-    "gmp+mn": lambda: network("gmp", "mn"),
-    "gmp+mbn": lambda: network("gmp", "mbn"),
-    "wn+mn": lambda: network("wn", "mn"),
-    "wn+mbn": lambda: network("wn", "mbn"),
-    "recurrent": recurrent,
-}
-OPTIMIZERS = {
-    "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
-    "adam": lambda p: torch.optim.Adam(p, lr=0.01),
-}
-
-#: of 8 samples, what each rank has
-SHARES = {"equal": (4, 4), "unequal": (3, 5), "one has none": (0, 8)}
-CASES = [
-    *[(model, optimizer, "equal") for model in MODELS for optimizer in OPTIMIZERS],
-    *[(model, "sgd", share) for model in ("gmp+mn", "wn+mbn") for share in ("unequal", "one has none")],
-]
-
-
-def batch(step: int) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(step)
-    x = torch.randn(8, 3, 6, 6, generator=generator, dtype=torch.float64) + 0.5
-    return x, torch.randint(5, (8,), generator=generator)
-
-
-def steps(
-    model: nn.Module,
-    network: Callable[[Tensor], Tensor],
-    optimizer: str,
-    mine: slice = slice(None),
-    size: int = 1,
-) -> dict[str, Tensor]:
-    """Three steps by hand, with the scaling of the loss that ``World.wrap`` asks for."""
-    taken = OPTIMIZERS[optimizer](model.parameters())
-    for step in range(3):
-        x, y = batch(step)
-        taken.zero_grad()
-        loss = F.cross_entropy(network(x[mine]), y[mine], reduction="sum") * size / len(x)
-        loss.backward()
-        taken.step()
-    return {name: value.clone() for name, value in model.state_dict().items()}
-
-
-def perceptron() -> nn.Module:
-    torch.manual_seed(0)
-    layer = layer_class("gmp", nn.Linear).from_plain(nn.Linear(108, 5)).normalize_mean("mn")
-    return nn.Sequential(nn.Flatten(), layer).double()
-
-
-def checkpointed(model: nn.Module) -> Callable[[Tensor], Tensor]:
-    return lambda x: checkpoint(model, x, use_reentrant=False)
-
-
-#: how a run of the whole loop is made: its network, and its recipe
-RUNS: dict[str, tuple[Callable[[], nn.Module], dict[str, object]]] = {
-    "gmp+mn, sgd": (
-        lambda: geometric(),
-        {"clip": 0.5, "ema": 0.8, "schedule": "cosine", "warmup": 3, "weight_decay": 0.01, "lr": 0.3},
-    ),
-    "wn+mbn, adam": (lambda: centered(), {"optimizer": "adam", "lr": 0.01}),
-    "batch norm": (lambda: normed(), {"lr": 0.3}),
-    "plain, in parts": (lambda: plain(), {"accumulate": 2, "lr": 0.2, "schedule": "plateau", "patience": 1}),
-}
-
-
-def centered() -> nn.Module:
-    model = convert(plain(), to="wn")
-    model.get_submodule("0").normalize_mean("mbn")
-    return model
-
-
-def normed() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
-
-
-def run(name: str, folder: Path, world: World | None = None, **options: Any) -> dict[str, Any]:
-    """A run of three epochs of five steps; the last of three validation batches is of one sample."""
-    make, fields = RUNS[name]
-    model, losses, metrics = make(), [], []
-
-    def tell(event: Event) -> None:
-        if isinstance(event, StepEvent):
-            losses.append(event.loss)
-        elif isinstance(event, EvaluationEvent):
-            metrics.append([event.result.loss, event.result.value])
-
-    chosen = recipe(dtype="float64", **fields)
-    result = trained(model, labelled(), chosen, folder, world=world, tell=tell, **options)
-    return {
-        "weights": dict(values(model)),
-        "losses": torch.tensor(losses, dtype=torch.float64),
-        "metrics": torch.tensor(metrics, dtype=torch.float64),
-        "last": torch.tensor([result.last.loss, result.last.value], dtype=torch.float64),
-        "interrupted": result.interrupted,
-    }
-
-
-# What the two ranks do. All of it in one start: importing torch takes longer than the rest.
-
-
-def _rank(rank: int, folder: str, port: int) -> None:
-    torch.set_num_threads(1)
-    warnings.simplefilter("error")
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
-    warnings.filterwarnings(
-        "ignore", r"The \.grad attribute", UserWarning
-    )  # torch's compiler, of its own tensors
-    early = perceptron()
-    compiled = torch.compile(early, backend="aot_eager")
-    compiled(batch(0)[0])  # before the ranks meet
-    world = World.current("cpu")
-    found: dict[str, Any] = {"world": _world(world)}
-    for name, optimizer, share in CASES:
-        first = SHARES[share][0]
-        model, mine = MODELS[name](), slice(first) if rank == 0 else slice(first, None)
-        found[f"{name} {optimizer} {share}"] = steps(model, world.wrap(model), optimizer, mine, 2)
-    mine = slice(4) if rank == 0 else slice(4, None)
-    model = network("gmp", "mn")
-    found["checkpointed"] = steps(model, checkpointed(world.wrap(model)), "sgd", mine, 2)
-    found["early"] = compiled(batch(0)[0][mine]).detach()
-    found["compiled"] = steps(early, world.wrap(compiled), "sgd", mine, 2)
-    found["alone"] = _alone(rank)
-    for name in RUNS:
-        found[name] = run(name, Path(folder, f"{name} {rank}"), world)
-    asked = iter([False] * 7 + [True] * 20)
-    found["stopped"] = run(
-        "gmp+mn, sgd", Path(folder, f"stopped {rank}"), world, stop=lambda: rank == 1 and next(asked)
-    )
-    found["lost"] = _lost(world, Path(folder, f"lost {rank}"))
-    torch.save(found, f"{folder}/{rank}.pt")
-    world.close()
-    assert not dist.is_initialized()
-
-
-def _world(world: World) -> dict[str, Any]:
-    norm = nn.BatchNorm1d(2)
-    norm(torch.randn(4, 2) + world.rank)
-    world.align(norm)
-    again = World.current("cpu")
-    again.close()  # joined by someone else: stays
-    world.barrier()
-    return {
-        "rank": world.rank,
-        "main": world.is_main,
-        "again": (again.rank, again.size),
-        "integers": world.sum_(torch.tensor([2**40 + 1, world.rank])),
-        "floats": world.sum_(torch.tensor([0.1, float(world.rank)], dtype=torch.float64)),
-        "any": [world.any_(value) for value in (False, True, world.rank == 1)],
-        "aligned": norm.running_mean,
-    }
-
-
-def _alone(rank: int) -> Tensor | None:
-    """Evaluation on one rank while the other does something else."""
-    model = network("gmp", "mn").eval()
-    return model(batch(0)[0]).detach() if rank == 0 else None
-
-
-def _lost(world: World, folder: Path) -> str:
-    """Sample 3 cannot be read by the rank that gets it: what both say. The last thing they do together."""
-
-    class Broken(Held):
-        def take(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-            if 3 in indices:
-                raise DataError("sample 3: cannot be read")
-            return super().take(indices)
-
-    data = labelled()
-    data = replace(data, train=Broken(data.train.inputs, data.train.targets))
-    try:
-        trained(plain(), data, recipe(), folder, world=world)
-    except ReparamError as error:
-        if "ended" in str(error):  # and so does everything later
-            with pytest.raises(ReparamError, match=str(error)):
-                world.barrier()
-        world.close()
-        return str(error)
-    return ""
-
-
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return int(server.getsockname()[1])
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What both ranks left."""
     folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(_rank, (str(folder), free_port()), nprocs=2)
+    spawn_both(folder)
     return folder
 
 

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-from proofs.export_matrix import EXAMPLES, FORMS, JSON, NEGATIVE, Plain, examined
+from proofs.export_matrix import EXAMPLES, FORMS, JSON, NEGATIVE, examined
+from torch_exports import TorchExports
 
 MODELS = Path(__file__).parent.parent / "examples" / "models"
 #: an allowance of rounding, as in the verification itself
@@ -14,14 +15,16 @@ LARGEST = 10.0
 
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> Plain:
-    return Plain(tmp_path_factory.mktemp("plain"))
+def plain(tmp_path_factory: pytest.TempPathFactory) -> TorchExports:
+    return TorchExports(EXAMPLES, tmp_path_factory.mktemp("plain"))
 
 
 @pytest.mark.parametrize(
     ("name", "form"), [("mlp", "SP"), ("mlp", "GmP+MN"), ("conv_vae", "WN+MBN"), ("mini_vgg", NEGATIVE)]
 )
-def test_an_export_is_proven_and_torchs_own(name: str, form: str, plain: Plain, tmp_path: Path) -> None:
+def test_an_export_is_proven_and_torchs_own(
+    name: str, form: str, plain: TorchExports, tmp_path: Path
+) -> None:
     row = examined(name, form, plain, tmp_path)
     assert row["proofs"].keys() == {"weights", "algebra", "deployment"}
     assert all(row["proofs"].values())

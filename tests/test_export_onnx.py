@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import re
-import warnings
 from collections import Counter
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,27 +14,20 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from export_cases import NETWORKS, random_model, values_of
+import torch_exports
+from export_cases import NETWORKS, Network, random_model, values_of
 from support import bits, python
 from torch import nn
+from torch_exports import IMAGE, TorchExports, trained
 
 import reparam
-from examples.models.cifar_resnet import resnet20
-from examples.models.conv_vae import conv_vae
-from examples.models.convpool_cnn_c import convpool_cnn_c
-from examples.models.dqn import dqn
-from examples.models.draw import draw
-from examples.models.mini_vgg import mini_vgg
-from examples.models.mlp import mlp
 from examples.models.resnet import resnet18
-from examples.models.vgg6 import vgg6
 from reparam.checkpoint.staging import staged
 from reparam.errors import NonFiniteError, ReparamError
 from reparam.export import export_onnx_model
 from reparam.graph import convert, fold, parse_spec
 from reparam.layers import Reparameterized
 from reparam.onnxfile import transforms
-from reparam.onnxfile.mapping import find_map
 from reparam.onnxfile.metadata import (
     PARAMETERIZATION,
     SOURCE,
@@ -47,21 +37,11 @@ from reparam.onnxfile.metadata import (
     properties,
     provenance,
 )
-from reparam.onnxfile.reading import read_initializers
 from reparam.onnxfile.weight_map import KEY, WeightMap
 
-IMAGE = ["x=float32[N,3,32,32]"]
-#: network, what it takes
-EXAMPLES: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
-    "mlp": (mlp, ["x=float32[N,13]"]),
-    "resnet20": (resnet20, IMAGE),
-    "resnet18": (lambda: resnet18(classes=10, stem="cifar", batch_norm=False), IMAGE),
-    "vgg6": (lambda: vgg6(classes=10, batch_norm=True), IMAGE),
-    "mini_vgg": (mini_vgg, IMAGE),
-    "convpool_cnn_c": (convpool_cnn_c, IMAGE),
-    "dqn": (dqn, ["x=float32[N,4,84,84]"]),
-    "conv_vae": (conv_vae, ["x=float32[N,1,28,28]", "noise=float32[N,32]"]),
-    "draw": (lambda: draw(steps=1), ["x=float32[N,1,28,28]", "noise=float32[N,1,100]"]),
+EXAMPLES = {
+    **torch_exports.EXAMPLES,
+    "resnet18": Network(partial(resnet18, classes=10, stem="cifar", batch_norm=False), IMAGE),
 }
 FORMS: list[dict[str, Any]] = [
     {"to": "gmp"},
@@ -71,81 +51,31 @@ FORMS: list[dict[str, Any]] = [
 SLOW = {"resnet18", "convpool_cnn_c", "draw", "dqn"}
 
 
-def trained(model: nn.Module, seed: int = 0) -> nn.Module:
-    """As after training: every parameter moved, statistics of their own."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for key, x in model.state_dict().items():
-            if x.is_floating_point():
-                noise = torch.randn(x.shape, generator=generator) * 0.05
-                x.add_(noise.abs() if key.endswith("running_var") else noise)
-    return model.eval()
-
-
 def histogram(model: onnx.ModelProto) -> Counter[str]:
     return Counter(node.op_type for node in model.graph.node)
 
 
-class Theirs:
-    """Torch's own exports of the plain networks, each made once."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._made: dict[tuple[str, tuple[str, ...]], tuple[Path, WeightMap]] = {}
-
-    def __call__(self, name: str, gained: tuple[str, ...]) -> tuple[Path, WeightMap]:
-        """The file, whose layers have the biases ``gained`` too, and which weight stands where in it."""
-        if (name, gained) not in self._made:
-            self._made[name, gained] = self._export(name, gained, self._folder / f"{len(self._made)}.onnx")
-        return self._made[name, gained]
-
-    def _export(self, name: str, gained: tuple[str, ...], path: Path) -> tuple[Path, WeightMap]:
-        build, inputs = EXAMPLES[name]
-        plain, specs = build().eval(), [parse_spec(text) for text in inputs]
-        for key in gained:
-            layer = plain.get_submodule(key.removesuffix(".bias"))
-            layer.bias = nn.Parameter(torch.zeros(layer.weight.shape[0]))
-        trained(plain, seed=5)
-        shapes = [[axis for axis in spec.axes if isinstance(axis, int)] for spec in specs]
-        batch = torch.export.Dim("N", min=1)
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")  # the exporter's own
-            program = torch.onnx.export(
-                plain,
-                tuple(torch.randn(2, *shape) for shape in shapes),
-                dynamo=True,
-                verbose=False,
-                input_names=[spec.name for spec in specs],
-                dynamic_shapes=tuple({0: batch} for _ in specs),
-            )
-        assert program is not None
-        program.save(path)
-        found = find_map(read_initializers(path), plain.state_dict())
-        assert found.ambiguous == {}
-        return path, found.weights
-
-
 @pytest.fixture(scope="module")
-def theirs(tmp_path_factory: pytest.TempPathFactory) -> Theirs:
-    return Theirs(tmp_path_factory.mktemp("theirs"))
+def theirs(tmp_path_factory: pytest.TempPathFactory) -> TorchExports:
+    return TorchExports(EXAMPLES, tmp_path_factory.mktemp("theirs"))
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: "+".join([form["to"], *list(form)[1:]]))
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in EXAMPLES])
 def test_no_trace_of_the_parameterization_remains(
-    name: str, form: dict[str, Any], theirs: Theirs, tmp_path: Path
+    name: str, form: dict[str, Any], theirs: TorchExports, tmp_path: Path
 ) -> None:
     """Operators, in order, and initializers are those of torch's own export of the plain model with the folded values."""
-    build, inputs = EXAMPLES[name]
+    network = EXAMPLES[name]
     torch.manual_seed(0)
-    converted = trained(convert(trained(build()), **form))
+    converted = trained(convert(trained(network.build()), **form))
     assert any(isinstance(module, Reparameterized) for module in converted.modules())
     folded = fold(converted)
     ours = tmp_path / "ours.onnx"
-    done = export_onnx_model(folded, [parse_spec(text) for text in inputs], ours)
+    done = export_onnx_model(folded, network.specs, ours)
     assert done.found.ambiguous == {}
     state = folded.state_dict()
-    gained = tuple(sorted(state.keys() - build().state_dict().keys()))  # biases that take up a mean
+    gained = tuple(sorted(state.keys() - network.build().state_dict().keys()))  # biases that take up a mean
     assert not gained or "mean_norm" in form
     path, weights = theirs(name, gained)
     found, expected = onnx.load(ours), onnx.load(path)

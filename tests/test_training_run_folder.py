@@ -19,10 +19,7 @@ from reparam.errors import CheckpointError, OutputError
 from reparam.graph import apply_records, fold
 from reparam.training import RunFolder, SavedEvent, load_recipe
 
-
-@pytest.fixture(autouse=True)
-def _memory_is_disk_enough(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "fsync", lambda handle: None)
+pytestmark = pytest.mark.usefixtures("unsynced")
 
 
 def test_an_earlier_run_is_only_replaced_by_force(tmp_path: Path) -> None:

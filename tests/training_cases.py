@@ -1,7 +1,8 @@
-"""Small data and networks for the tests of training, and a run of them in a folder."""
+"""Small data and networks for the tests of training, a run of them in a folder, and what it leaves there."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,10 @@ from reparam.training import Recipe, RunFolder, State, TrainingResult, load_reci
 from reparam.training.data.types import Data
 
 FEATURES, CLASSES = 6, 3
+#: of samples for training and validation: three steps an epoch, two batches an evaluation
+SIZES = (13, 5)
+#: float64, a few tens of operations per weight and step
+SAME = 1e-12
 
 #: networks and a dataset, as a user's file has them
 NET = """
@@ -139,3 +144,37 @@ def trained(
 def values(model: nn.Module) -> Mapping[str, Tensor]:
     """All of a model's tensors, copied."""
     return {key: tensor.detach().clone() for key, tensor in model.state_dict().items()}
+
+
+class Stopper:
+    """Asks to stop from the n-th time it is asked on."""
+
+    def __init__(self, after: int) -> None:
+        self.left = after
+
+    def __call__(self) -> bool:
+        self.left -= 1
+        return self.left < 0
+
+
+def written(folder: Path) -> dict[str, object]:
+    """What a run leaves, but for the pace it went at and the state's packing."""
+    run = RunFolder(folder)
+    lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    for line in lines:
+        for pace in ("samples_per_s", "waiting"):
+            line.pop(pace, None)
+    files = {file.name: file.read_bytes() for file in (run.best, run.last, *run.earlier(), run.table)}
+    state = {
+        name: value for name, value in vars(State.load(run.state)).items() if name not in ("file", "metrics")
+    }
+    return {"lines": lines, **files, "state": _flat(state)}
+
+
+def _flat(value: object) -> object:
+    """Tensors as comparable values."""
+    if isinstance(value, torch.Tensor):
+        return (str(value.dtype), value.tolist())
+    if isinstance(value, dict):
+        return {key: _flat(one) for key, one in value.items()}
+    return [_flat(one) for one in value] if isinstance(value, (list, tuple)) else value

@@ -9,15 +9,10 @@ left is one Mul for every layer whose negative scale meets a residual addition, 
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import sys
 import tempfile
 import time
-import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,20 +24,15 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from examples.models.cifar_resnet import resnet20  # noqa: E402
-from examples.models.conv_vae import conv_vae  # noqa: E402
-from examples.models.convpool_cnn_c import convpool_cnn_c  # noqa: E402
-from examples.models.dqn import dqn  # noqa: E402
-from examples.models.draw import draw  # noqa: E402
-from examples.models.mini_vgg import mini_vgg  # noqa: E402
-from examples.models.mlp import mlp  # noqa: E402
+import torch_exports  # noqa: E402
+from export_cases import Network  # noqa: E402
+from torch_exports import IMAGE, TorchExports, trained  # noqa: E402
+
 from examples.models.resnet import resnet18, resnet34  # noqa: E402
-from examples.models.vgg6 import vgg6  # noqa: E402
 from reparam.bench.machine import describe  # noqa: E402
 from reparam.export import export_onnx_model  # noqa: E402
-from reparam.graph import InputSpec, convert, fold, parse_spec  # noqa: E402
+from reparam.graph import convert, fold  # noqa: E402
 from reparam.onnxfile import transforms  # noqa: E402
-from reparam.onnxfile.mapping import find_map  # noqa: E402
 from reparam.onnxfile.reading import read_initializers  # noqa: E402
 from reparam.onnxfile.weight_map import WeightMap  # noqa: E402
 from reparam.verification import verify_onnx  # noqa: E402
@@ -50,32 +40,10 @@ from reparam.verification.report import PROOFS  # noqa: E402
 from reparam.verification.weights import same_bits  # noqa: E402
 
 JSON = Path(__file__).with_suffix(".json")
-
-
-@dataclass(frozen=True)
-class Example:
-    """One architecture, and what it takes."""
-
-    build: Callable[[], nn.Module]
-    inputs: tuple[str, ...]
-
-    @property
-    def specs(self) -> list[InputSpec]:
-        return [parse_spec(text) for text in self.inputs]
-
-
-IMAGE = ("x=float32[N,3,32,32]",)
 EXAMPLES = {
-    "mlp": Example(mlp, ("x=float32[N,13]",)),
-    "vgg6": Example(partial(vgg6, classes=10, batch_norm=True), IMAGE),
-    "resnet18": Example(partial(resnet18, classes=10, stem="cifar"), IMAGE),
-    "resnet34": Example(partial(resnet34, classes=10, stem="cifar", batch_norm=False), IMAGE),
-    "resnet20": Example(resnet20, IMAGE),
-    "convpool_cnn_c": Example(convpool_cnn_c, IMAGE),
-    "mini_vgg": Example(mini_vgg, IMAGE),
-    "conv_vae": Example(conv_vae, ("x=float32[N,1,28,28]", "noise=float32[N,32]")),
-    "dqn": Example(dqn, ("x=float32[N,4,84,84]",)),
-    "draw": Example(partial(draw, steps=1), ("x=float32[N,1,28,28]", "noise=float32[N,1,100]")),
+    **torch_exports.EXAMPLES,
+    "resnet18": Network(partial(resnet18, classes=10, stem="cifar"), IMAGE),
+    "resnet34": Network(partial(resnet34, classes=10, stem="cifar", batch_norm=False), IMAGE),
 }
 NEGATIVE = "GmP, r < 0"
 FORMS: dict[str, dict[str, Any]] = {
@@ -85,17 +53,6 @@ FORMS: dict[str, dict[str, Any]] = {
     "GmP+MN": {"to": "gmp", "mean_norm": True},
     NEGATIVE: {"to": "gmp"},
 }
-
-
-def trained(model: nn.Module, seed: int = 0) -> nn.Module:
-    """As after training: every parameter moved, statistics of their own."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for key, x in model.state_dict().items():
-            if x.is_floating_point():
-                noise = torch.randn(x.shape, generator=generator) * 0.05
-                x.add_(noise.abs() if key.endswith("running_var") else noise)
-    return model.eval()
 
 
 def reparameterized(name: str, form: str) -> nn.Module:
@@ -112,46 +69,7 @@ def reparameterized(name: str, form: str) -> nn.Module:
     return model
 
 
-class Plain:
-    """Torch's own exports of the plain networks, each made once."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._made: dict[tuple[str, tuple[str, ...]], tuple[Path, WeightMap]] = {}
-
-    def __call__(self, name: str, gained: tuple[str, ...]) -> tuple[Path, WeightMap]:
-        """The file, whose layers have the biases ``gained`` too, and which weight stands where in it."""
-        if (name, gained) not in self._made:
-            self._made[name, gained] = self._export(name, gained, self._folder / f"{len(self._made)}.onnx")
-        return self._made[name, gained]
-
-    def _export(self, name: str, gained: tuple[str, ...], path: Path) -> tuple[Path, WeightMap]:
-        plain, specs = EXAMPLES[name].build().eval(), EXAMPLES[name].specs
-        for key in gained:
-            layer = plain.get_submodule(key.removesuffix(".bias"))
-            layer.bias = nn.Parameter(torch.zeros(layer.weight.shape[0]))
-        trained(plain, seed=5)
-        shapes = [[axis for axis in spec.axes if isinstance(axis, int)] for spec in specs]
-        batch = torch.export.Dim("N", min=1)
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")  # the exporter's own
-            program = torch.onnx.export(
-                plain,
-                tuple(torch.randn(2, *shape) for shape in shapes),
-                dynamo=True,
-                verbose=False,
-                input_names=[spec.name for spec in specs],
-                dynamic_shapes=tuple({0: batch} for _ in specs),
-            )
-        assert program is not None
-        program.save(path)
-        eps = {n: m.eps for n, m in plain.named_modules() if hasattr(m, "eps")}
-        found = find_map(read_initializers(path), plain.state_dict(), eps)
-        assert found.ambiguous == {}
-        return path, found.weights
-
-
-def examined(name: str, form: str, plain: Plain, folder: Path) -> dict[str, Any]:
+def examined(name: str, form: str, plain: TorchExports, folder: Path) -> dict[str, Any]:
     """Export, verify and compare; what was found.
 
     Returns:
@@ -213,7 +131,7 @@ def main() -> int:
     names = sys.argv[1:] or list(EXAMPLES)
     began, rows = time.perf_counter(), {}
     with tempfile.TemporaryDirectory() as folder:
-        plain = Plain(Path(folder))
+        plain = TorchExports(EXAMPLES, Path(folder))
         for name in names:
             for form in FORMS:
                 row = rows[f"{name}, {form}"] = examined(name, form, plain, Path(folder))
