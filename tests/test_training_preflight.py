@@ -25,6 +25,7 @@ from training_cases import (
 
 from reparam.errors import DataError, ReparamError
 from reparam.graph import convert
+from reparam.layers import Reparameterized
 from reparam.training import RunFolder, run_preflight
 from reparam.training.data.types import Data
 from reparam.training.schedule import Schedule
@@ -220,6 +221,12 @@ def test_composed_weights_do_not_grow_with_the_batch() -> None:
     )
     assert sixteen - eight == 2 * (eight - four) > 0
     assert four - (eight - four) >= 4 * 8 * 40, "the composed weight of the second layer"
+    whole, parts = (
+        run_preflight(model, labelled(), recipe(batch_size=8, accumulate=n)).memory for n in (1, 2)
+    )
+    converted = [m for m in model.modules() if isinstance(m, Reparameterized)]
+    held = sum(p.nbytes for layer in converted for p in layer.parameters())
+    assert parts.gradients - whole.gradients == held > 0, "gathered on the composed weights"
 
 
 def test_notes() -> None:

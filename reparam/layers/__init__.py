@@ -10,6 +10,7 @@ from torch import nn
 from reparam.layers.base import Reparameterized
 from reparam.layers.caching import cached_weights
 from reparam.layers.calibration import calibrate
+from reparam.layers.gathering import gathered_gradients
 from reparam.layers.geometric import GeometricMixin
 from reparam.layers.initialization import (
     init_model,
@@ -28,6 +29,7 @@ __all__ = [
     "Reparameterized",
     "cached_weights",
     "calibrate",
+    "gathered_gradients",
     "init_model",
     "initialize_from_data",
     "initialize_glorot",

@@ -139,8 +139,9 @@ class Reparameterized(CachesWeights, WideModule):
             dtype = torch.get_autocast_dtype(device)
         return self._once(
             [*tensors.values()],
-            (name, dtype, self.scale_outside),
-            lambda: self.form.weight(tensors, held.spec, dtype, self.scale_outside),
+            (name, self.scale_outside),
+            dtype,
+            lambda dtype: self.form.weight(tensors, held.spec, dtype, self.scale_outside),
         )
 
     def composed_bias(self, name: str = "weight") -> Tensor | None:

@@ -35,8 +35,9 @@ class GeometricPart(CachesWeights, GeometricMixin):
         tensors = {role: p for role, p in self._parameters.items() if p is not None}
         return self._once(
             [*tensors.values()],
+            None,
             self.held.dtype,
-            lambda: GeometricForm().weight(tensors, self.held.spec, self.held.dtype, False),
+            lambda dtype: GeometricForm().weight(tensors, self.held.spec, dtype, False),
         )
 
     @property

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from reparam.layers.caching import CachesWeights
 from reparam.training.recipe import Recipe
 
 
@@ -17,7 +18,7 @@ class Memory:
 
     Attributes:
         parameters: of the whole network, buffers included.
-        gradients, optimizer: of what is trained.
+        gradients, optimizer: of what is trained; the former also of composed weights, where a step is taken in parts.
         average: the moving average, where there is one.
         activations: what one part of a batch keeps for its backward pass.
     """
@@ -44,12 +45,14 @@ def estimate(model: nn.Module, recipe: Recipe, forward: Callable[[int], Tensor],
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}.values()
     parameters = sum(_bytes(t) for t in tensors)
     trained = sum(_bytes(p) for p in model.parameters() if p.requires_grad)
+    layers = [m for m in model.modules() if recipe.accumulate > 1 and isinstance(m, CachesWeights)]
+    gathered = sum(_bytes(p) for layer in layers for p in layer.parameters(recurse=False) if p.requires_grad)
     one, two = (_kept(model, forward, samples) for samples in (1, 2))
     # What does not grow with the batch, composed weights, is in both.
     activations = one + (two - one) * (part - 1)
     return Memory(
         parameters,
-        trained,
+        trained + gathered,
         optimizer_bytes(model, recipe),
         parameters * (recipe.ema is not None),
         activations,

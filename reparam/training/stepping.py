@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from reparam.layers import gathered_gradients
 from reparam.training.distributed import World
 from reparam.training.objective import Objective
 from reparam.training.precision import Precision
@@ -94,16 +95,23 @@ class Stepper:
     def backward(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Add the gradient, the loss scaled for fp16; the loss summed over this rank's samples, in float64."""
         total = torch.zeros((), dtype=torch.float64, device=self._precision.device)
-        for part in range(self._parts):
-            mine = slice(*(len(inputs) * end // self._parts for end in (part, part + 1)))
-            with self._exchange(last=part == self._parts - 1):
-                with self._precision.autocast():
-                    outputs = self._objective.outputs(self._run(inputs[mine]))
-                loss = self._objective.loss_sum(outputs, targets[mine])
-                # Averaged over ranks, as DistributedDataParallel does, this is the mean over the global batch.
-                self._scaler.scale(loss * (self._world.size / self._samples)).backward()  # type: ignore[no-untyped-call]
-            total += loss.detach()
+        with self._composed_once():
+            for part in range(self._parts):
+                mine = slice(*(len(inputs) * end // self._parts for end in (part, part + 1)))
+                with self._exchange(last=part == self._parts - 1):
+                    with self._precision.autocast():
+                        outputs = self._objective.outputs(self._run(inputs[mine]))
+                    loss = self._objective.loss_sum(outputs, targets[mine])
+                    # Averaged over ranks, as DistributedDataParallel does, this is the mean over the global batch.
+                    self._scaler.scale(loss * (self._world.size / self._samples)).backward()  # type: ignore[no-untyped-call]
+                total += loss.detach()
         return total
+
+    def _composed_once(self) -> contextlib.AbstractContextManager[None]:
+        """Weights are composed once for all parts, but where ranks wait for gradients within each backward pass."""
+        if self._parts == 1 or self._world.size > 1:
+            return contextlib.nullcontext()
+        return gathered_gradients(self._model)
 
     def _exchange(self, last: bool) -> contextlib.AbstractContextManager[Any]:
         """Gradients are exchanged between ranks once, with the last part."""
