@@ -1,13 +1,14 @@
 """Conversion against the least one can do: safetensors' own load_file and save_file of the same shards.
 
 Each job runs in a process of its own, so that its peak memory is its own; jobs are interleaved, so that a machine that
-slows down slows all of them, and each repeat begins with another one, so that none always follows the same.
+slows down slows all of them, in another order every time, so that none always follows the same.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import random
 import shutil
 import statistics
 import subprocess
@@ -80,7 +81,7 @@ def bench_convert(
         _run(folder, "sp", "gmp", keep=True)
         runs: dict[str, list[dict[str, float]]] = {name: [] for name in JOBS}
         for repeat in range(repeats):
-            for name in rotated(list(JOBS), repeat):
+            for name in order(repeat):
                 source, to = JOBS[name]
                 tell(f"repeat {repeat + 1} of {repeats}: {name}")
                 runs[name].append(_run(folder, source, to, durable=name == DURABLE))
@@ -101,10 +102,9 @@ def bench_convert(
     }
 
 
-def rotated(names: list[str], by: int) -> list[str]:
-    """The same in the same order, beginning with another one."""
-    start = by % len(names)
-    return names[start:] + names[:start]
+def order(repeat: int) -> list[str]:
+    """All jobs, shuffled in a way of each repeat's own."""
+    return random.Random(repeat).sample(list(JOBS), len(JOBS))
 
 
 _Runs = list[dict[str, float]]
