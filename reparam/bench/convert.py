@@ -73,11 +73,11 @@ def bench_convert(
     from reparam.bench.generate import generate
     from reparam.checkpoint.running import WORTH_LOADING
 
-    compiled = gigabytes * 1e9 >= WORTH_LOADING and importlib.util.find_spec("numba") is not None
     folder = Path(tempfile.mkdtemp(prefix="reparam-bench-", dir=where))
     try:
         tell(f"generating {gigabytes:g} GB of {dtype}")
         generate(folder / "sp", gigabytes, dtype)
+        large = _megabytes(folder / "sp") * 1e6 >= WORTH_LOADING
         _run(folder, "sp", "gmp", keep=True)
         runs: dict[str, list[dict[str, float]]] = {name: [] for name in JOBS}
         for repeat in range(repeats):
@@ -96,7 +96,7 @@ def bench_convert(
             "dtype": dtype,
             "repeats": repeats,
             "cache": "warm",
-            "backend": "compiled" if compiled else "reference",
+            "backend": "compiled" if large and importlib.util.find_spec("numba") else "reference",
         },
         "results": [vars(result) for result in results],
     }
