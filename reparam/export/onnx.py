@@ -7,13 +7,9 @@ The graph is the exporter's: same operators, same names. Beside it the file says
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
-import logging
 import os
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +20,7 @@ from torch import Tensor, nn
 
 from reparam.errors import CheckFailedError, ReparamError
 from reparam.export.casting import cast_model, cast_specs, opset_for
+from reparam.export.conditions import quiet, uncollected
 from reparam.export.constants import find_constants
 from reparam.export.initializers import Held, hold_as_mapped, move_outside, nbytes
 from reparam.graph.inputs import InputSpec
@@ -65,6 +62,7 @@ def example_inputs(specs: Sequence[InputSpec]) -> tuple[Tensor, ...]:
     return tuple(spec.sample(generator, sizes) for spec in specs)
 
 
+@uncollected()
 def export_onnx_model(
     model: nn.Module,
     specs: Sequence[InputSpec],
@@ -134,7 +132,7 @@ def bare_export(model: nn.Module, specs: Sequence[InputSpec], opset: int | None 
         # While it exports, torch has them loop over any length, but goes by which kernel it found the time before: that
         # of another export, whose length is fixed.
         recurrent._dispatch_cache.clear()
-    with _quiet():
+    with quiet():
         try:
             program = torch.onnx.export(
                 model,
@@ -226,20 +224,6 @@ def _anonymize(program: ONNXProgram) -> None:
                 value.metadata_props.clear()
         for value in (*graph.inputs, *graph.initializers.values()):
             value.metadata_props.clear()
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """What the exporter prints, logs and warns about its own workings is dropped; what it raises is not."""
-    disabled = logging.root.manager.disable
-    sink: Any = io.StringIO()
-    try:
-        logging.disable(logging.WARNING)
-        with warnings.catch_warnings(), contextlib.redirect_stdout(sink), contextlib.redirect_stderr(sink):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(disabled)
 
 
 def _root_cause(error: BaseException) -> str:

@@ -34,6 +34,7 @@ _PROBABILITIES = ("_softmax", "_log_softmax", "sigmoid")
 _COMPOSED: MutableMapping[Tensor, tuple[Any, Any, Any]] = WeakTensorKeyDictionary()
 #: models that :func:`in_float64` made
 _EXACT: WeakSet[nn.Module] = WeakSet()
+_CONVOLUTION = torch.ops.aten.convolution.default
 #: a tensor as it is
 _SAME = ("_to_copy", "alias", "detach")
 
@@ -136,8 +137,11 @@ class Float64(Recorder):  # type: ignore[no-untyped-call]
             value if written else tree_map(self._widen, value)
             for value, written in zip(args, [*writes, *[False] * len(args)], strict=False)
         ]
+        # Numbers that are left out for the operation's own ones are numbers of the code too.
+        own = {a.name: a.default_value for a in func._schema.arguments[len(args) :]}
+        kwargs = {k: v for k, v in own.items() if self.round_scalars and isinstance(v, float)} | kwargs
         kwargs = {k: v if k == "out" else tree_map(self._widen, v) for k, v in kwargs.items()}
-        out = func(*args, **kwargs)
+        out = (_convolve if func is _CONVOLUTION else func)(*args, **kwargs)
         for value in out if isinstance(out, tuple | list) else (out,):
             if isinstance(value, Tensor) and value.dtype in _NARROW:
                 self.narrow.add(func.overloadpacket.__name__)
@@ -178,6 +182,12 @@ class Run:
     def logits(self, index: int) -> Tensor | None:
         """What an output is the softmax or sigmoid of; None where it is none."""
         return self.recorder.logits.get(self.outputs[index])
+
+
+def _convolve(x: Tensor, *how: Any, **named: Any) -> Tensor:
+    """As many images at a time as there are threads: torch unfolds all it is given in memory, one thread an image."""
+    pieces = [_CONVOLUTION(piece, *how, **named) for piece in torch.split(x, torch.get_num_threads())]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
 def reference_copy(reference: nn.Module) -> nn.Module:

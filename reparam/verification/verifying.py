@@ -64,8 +64,10 @@ def verify_onnx(
         model = read_graph(path)
     except CheckpointError as error:
         return Report((Check("loads in ONNX Runtime", False, where=str(error)),))
-    plain = copy.deepcopy(folded).eval() if folded is not None else fold(reference_copy(reference))
-    plain = plain.to(deployed_dtype(model))
+    plain = folded if folded is not None else fold(reference_copy(reference))
+    dtype = deployed_dtype(model)
+    if any(x.is_floating_point() and x.dtype != dtype for x in (*plain.parameters(), *plain.buffers())):
+        plain = copy.deepcopy(plain).to(dtype)
     found = weight_map or _map(model, path, plain)
     exact = in_float64(reference)
     inputs = list(samples(exact, specs, seed, data, spare=True))
@@ -86,7 +88,7 @@ def verify_onnx(
     )
     if report.passed or report.diverges or not few:
         return report
-    return replace(report, diverges=locate(plain, path, model, found, few[-1]))
+    return replace(report, diverges=locate(reference_copy(plain), path, model, found, few[-1]))
 
 
 def verify_models(
@@ -128,7 +130,8 @@ def _algebra(
     if any(isinstance(module, Reparameterized) for module in exact.modules()):
         wanted = [sample.run_exactly(exact) for sample in smallest]
         checks = (compare_runs(wanted, runs, smallest, "folded model"),)
-    graph, notes = check_graph(folded, path, model, weight_map, few)
+    originals = [sample.run_exactly(exact) for sample in few]
+    graph, notes = check_graph(folded, path, model, weight_map, few, originals)
     return (*checks, *graph), notes, used_keys(folded, runs[0]) if runs else set()
 
 
