@@ -9,15 +9,18 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from reparam.cli.main import main
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from reparam.kernels import backend
 
 ROOT = Path(__file__).resolve().parent.parent
 #: Real checkpoints and vectors, beside the clone; tests that need them are skipped without.
@@ -103,6 +106,12 @@ def python(code: str, *arguments: object, **options: Any) -> subprocess.Complete
     """A fresh interpreter that runs ``code`` with ``arguments`` as sys.argv[1:]."""
     command = [sys.executable, "-c", code, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, **options)
+
+
+def convert_by(monkeypatch: pytest.MonkeyPatch, **functions: Any) -> None:
+    """Have conversions take ``encode`` or ``decode`` from here, the other as it is."""
+    given = replace(backend.for_conversion(), **functions)
+    monkeypatch.setattr(backend, "for_conversion", lambda: given)
 
 
 def tensors_of(path: Path) -> dict[str, Tensor]:

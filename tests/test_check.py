@@ -11,7 +11,7 @@ import pytest
 import torch
 from layer_kinds import KINDS, Kind
 from safetensors.torch import load_file, save_file
-from support import convert, done, gaussian, records_of, refused, run, snapshot
+from support import convert, convert_by, done, gaussian, records_of, refused, run, snapshot
 from torch import Tensor
 
 from reparam.checkpoint import mapping
@@ -44,7 +44,7 @@ def test_a_wrong_decode_is_caught(
     wrong: Callable[[Tensor], Tensor], dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_file({"fc.weight": gaussian(6, 40, dtype=dtype)}, tmp_path / "model.safetensors")
-    monkeypatch.setattr(hyperspherical, "decode", lambda *arguments: wrong(DECODE(*arguments)))
+    convert_by(monkeypatch, decode=lambda *arguments: wrong(DECODE(*arguments)))
     before = snapshot(tmp_path)
     ran = run("convert", tmp_path / "model.safetensors", "--to", "gmp")
     assert ran.code == 1, ran
@@ -54,7 +54,7 @@ def test_a_wrong_decode_is_caught(
 
 def test_angles_in_float64_are_held_to_float64(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_file({"fc.weight": gaussian(6, 40)}, tmp_path / "model.safetensors")
-    monkeypatch.setattr(hyperspherical, "decode", lambda *arguments: DECODE(*arguments) * (1 + 1e-11))
+    convert_by(monkeypatch, decode=lambda *arguments: DECODE(*arguments) * (1 + 1e-11))
     assert run("convert", tmp_path / "model.safetensors", "--to", "gmp", "--theta-dtype", "float64").code == 1
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -234,10 +236,70 @@ def test_without_numba_large_checkpoints_are_converted_by_the_reference(
 ) -> None:
     monkeypatch.setattr(backend, "_imported", lambda path: "No module named 'numba'")
     save_file({"a.weight": gaussian(50, 300)}, tmp_path / "m.safetensors")
-    convert_checkpoint(tmp_path / "m.safetensors", "gmp")
+    report = convert_checkpoint(tmp_path / "m.safetensors", "gmp")
     assert not calls
+    assert "reparam[fast]" in report.notes[0]
+    assert "No module named 'numba'" in report.notes[0]
     expected = hyperspherical.encode(gaussian(50, 300), F32)
     assert torch.equal(tensors_of(tmp_path / "m.gmp.safetensors")["a.theta"], expected[1])
+
+
+def test_loops_that_cannot_be_built_are_no_reason_to_fail(
+    monkeypatch: pytest.MonkeyPatch, calls: list[str], tmp_path: Path
+) -> None:
+    def prepare() -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(compiled, "prepare", prepare)
+    save_file({"a.weight": gaussian(50, 300)}, tmp_path / "m.safetensors")
+    report = convert_checkpoint(tmp_path / "m.safetensors", "gmp")
+    assert not calls
+    assert "OSError: [Errno 28] No space left on device" in report.notes[0]
+
+
+def test_a_package_that_is_there_and_broken_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(path: str) -> None:
+        raise OSError("Could not find/load shared object file")
+
+    monkeypatch.setattr(backend.importlib, "import_module", broken)
+    assert backend._imported.__wrapped__("numba") == "OSError: Could not find/load shared object file"
+
+
+def test_an_interrupt_waits_until_the_loops_are_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, built = signal.getsignal(signal.SIGINT), list[bool]()
+
+    def interrupted(*arguments: object) -> tuple[Tensor, Tensor]:
+        os.kill(os.getpid(), signal.SIGINT)
+        built.append(True)
+        return torch.ones(1), torch.ones(1, 1)
+
+    monkeypatch.setattr(compiled, "encode", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        compiled.prepare()
+    assert built == [True, True]
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+READ_ONLY = """
+import numpy
+given = numpy.from_dlpack
+def from_dlpack(tensor):
+    array = given(tensor)
+    array.flags.writeable = False
+    return array
+numpy.from_dlpack = from_dlpack
+import torch
+from reparam.kernels import backend
+print(backend.name(torch.ones(1, 1)))
+"""
+
+
+def test_read_only_arrays_are_left_to_the_reference() -> None:
+    """As numpy gave them before 2.2.5."""
+    ran = python(READ_ONLY)
+    assert ran.stderr == ""
+    assert ran.stdout.startswith("reference (compiled: numpy ")
+    assert "2.2.5 or later" in ran.stdout
 
 
 SMALL = """

@@ -13,6 +13,7 @@ from support import gaussian
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from reparam.errors import ReparamError
 from reparam.graph import convert
 from reparam.layers import Reparameterized, gathered_gradients, layer_class
 from reparam.training.distributed import World
@@ -179,6 +180,46 @@ def test_what_changed_inside_is_composed_again(model: nn.Module) -> None:
                             parameter.mul_(1.1)
             run_parts(trained)
     assert_same(model, other)
+
+
+@pytest.mark.parametrize("kind", ["gmp", "wn"])
+def test_parameters_that_change_after_a_backward_pass_are_refused(kind: str) -> None:
+    """Their gradient would be of other weights than the ones the map is differentiated at."""
+
+    def run(model: nn.Sequential, change: Callable[[Tensor], Tensor]) -> None:
+        with gathered_gradients(model):
+            model(X).sum().backward()
+            with torch.no_grad():
+                change(next(model[3].parameters()))
+
+    for change in (lambda p: p.mul_(1.1), lambda p: p.requires_grad_(False)):
+        model = layered(kind).double()
+        with pytest.raises(ReparamError, match="parameters changed"):
+            run(model, change)
+        assert all(getattr(module, "weight_cache", None) is None for module in model.modules())
+
+
+def test_layers_freed_after_a_pass() -> None:
+    """Frozen for a pass and trained in the next: each pass is composed for what it trains."""
+    model, other = (layered().double() for _ in range(2))
+    for trained, gathered in ((model, gathered_gradients(model)), (other, nullcontext())):
+        with gathered:
+            for frees, part in zip((False, True, True), X.chunk(PARTS), strict=True):
+                trained[3].requires_grad_(frees)
+                trained(part).square().sum().backward()
+    assert_same(model, other)
+
+
+def test_a_backward_pass_after_the_block_is_refused() -> None:
+    model = layered().double()
+    with gathered_gradients(model):
+        late = model(X).sum()
+        twin = copy.copy(model[3])
+    with pytest.raises(ReparamError, match="after the block"):
+        late.backward()
+    # What a copy kept of the block is closed.
+    twin(gaussian(2, 64).double()).sum().backward()
+    assert twin.theta.grad is not None
 
 
 def test_frozen_and_unused_layers() -> None:

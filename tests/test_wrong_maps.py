@@ -15,7 +15,7 @@ import oracles
 import pytest
 import torch
 from safetensors.torch import save_file
-from support import gaussian, run, snapshot
+from support import convert_by, gaussian, run, snapshot
 from torch import Tensor
 
 from reparam.kernels import hyperspherical
@@ -34,7 +34,7 @@ def sign_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     def encode(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         return RIGHT_ENCODE(torch.cat([weight[:, :-1], weight[:, -1:].abs()], dim=1), dtype)
 
-    monkeypatch.setattr(hyperspherical, "encode", encode)
+    convert_by(monkeypatch, encode=encode)
 
 
 def colatitude_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,7 +44,7 @@ def colatitude_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
         colatitude = (math.pi / 2 - theta.double()).float()
         return RIGHT_DECODE(math.pi / 2 - colatitude.double(), n, stored, radius)
 
-    monkeypatch.setattr(hyperspherical, "decode", decode)
+    convert_by(monkeypatch, decode=decode)
 
 
 def snapped_in_its_own_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,7 +54,7 @@ def snapped_in_its_own_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
         theta = theta.double()
         return RIGHT_DECODE(theta, n, theta.dtype, radius)
 
-    monkeypatch.setattr(hyperspherical, "decode", decode)
+    convert_by(monkeypatch, decode=decode)
 
 
 def dense(rows: int, n: int) -> Tensor:

@@ -6,7 +6,6 @@ slows down slows all of them, in another order every time, so that none always f
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import random
 import shutil
@@ -69,17 +68,15 @@ def bench_convert(
     Returns:
         JSON value: machine, settings, and a :class:`JobResult` a job.
     """
-    # These import torch; this module does not need it.
+    # generate() imports torch; this module does not need it.
     from reparam.bench.generate import generate
-    from reparam.checkpoint.running import WORTH_LOADING
 
     folder = Path(tempfile.mkdtemp(prefix="reparam-bench-", dir=where))
     try:
         tell(f"generating {gigabytes:g} GB of {dtype}")
         generate(folder / "sp", gigabytes, dtype)
-        large = _megabytes(folder / "sp") * 1e6 >= WORTH_LOADING
-        _run(folder, "sp", "gmp", keep=True)
-        runs: dict[str, list[dict[str, float]]] = {name: [] for name in JOBS}
+        backend = _run(folder, "sp", "gmp", keep=True)["backend"]
+        runs: dict[str, _Runs] = {name: [] for name in JOBS}
         for repeat in range(repeats):
             for name in order(repeat):
                 source, to = JOBS[name]
@@ -96,7 +93,7 @@ def bench_convert(
             "dtype": dtype,
             "repeats": repeats,
             "cache": "warm",
-            "backend": "compiled" if large and importlib.util.find_spec("numba") else "reference",
+            "backend": backend,
         },
         "results": [vars(result) for result in results],
     }
@@ -107,14 +104,13 @@ def order(repeat: int) -> list[str]:
     return random.Random(repeat).sample(list(JOBS), len(JOBS))
 
 
-_Runs = list[dict[str, float]]
+_Runs = list[dict[str, Any]]
 
 
 def _median(name: str, runs: _Runs, plain: _Runs, durable: _Runs) -> JobResult:
     def ratio(bases: _Runs) -> float:
-        return statistics.median(
-            run["seconds"] / base["seconds"] for run, base in zip(runs, bases, strict=True)
-        )
+        pairs = zip(runs, bases, strict=True)
+        return float(statistics.median(run["seconds"] / base["seconds"] for run, base in pairs))
 
     return JobResult(
         name,
@@ -129,7 +125,7 @@ def _median(name: str, runs: _Runs, plain: _Runs, durable: _Runs) -> JobResult:
 
 def _run(
     folder: Path, source: str, to: str | None, keep: bool = False, durable: bool = False
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """One job in a process of its own; its output is deleted unless it is to be kept as a source."""
     output = folder / (to if keep and to else "out")
     for file in (folder / source).iterdir():
@@ -142,7 +138,7 @@ def _run(
     )
     if done.returncode:
         raise RuntimeError(f"the job failed: {done.stderr.strip()[-400:]}")
-    result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     result["read_mb"], result["written_mb"] = _megabytes(folder / source), _megabytes(output)
     if not keep:
         shutil.rmtree(output)

@@ -14,15 +14,17 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
-from reparam.checkpoint import convert_checkpoint, running  # noqa: F401
-from reparam.kernels.backend import compiled_conversion
+from reparam.checkpoint import convert_checkpoint, running
+from reparam.kernels.backend import REFERENCE, compiled_conversion
 
 
 def main() -> None:
     job = json.loads(sys.argv[1])
     source, output = Path(job["source"]), Path(job["output"])
-    if "gmp" in (job["to"], source.name):
-        with compiled_conversion():
+    large = sum(file.stat().st_size for file in source.glob("*.safetensors")) >= running.WORTH_LOADING
+    backend = REFERENCE
+    if large and "gmp" in (job["to"], source.name):
+        with compiled_conversion() as backend:
             pass
     began = time.perf_counter()
     if job["to"] is None:
@@ -35,7 +37,7 @@ def main() -> None:
     else:
         convert_checkpoint(source, job["to"], output=output)
     seconds = time.perf_counter() - began
-    print(json.dumps({"seconds": seconds, "peak_mb": _peak_mb()}))
+    print(json.dumps({"seconds": seconds, "peak_mb": _peak_mb(), "backend": backend.name}))
 
 
 def _peak_mb() -> float:

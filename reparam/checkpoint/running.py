@@ -27,7 +27,7 @@ from reparam.checkpoint.source import Source, divisible
 from reparam.checkpoint.workers import each
 from reparam.checkpoint.writing import SafetensorsWriter
 from reparam.errors import NonFiniteError, SelectionError
-from reparam.kernels.backend import compiled_conversion
+from reparam.kernels.backend import REFERENCE, Backend, compiled_conversion
 
 if TYPE_CHECKING:
     from reparam.checkpoint.converting import Progress
@@ -64,10 +64,10 @@ class _Task:
 _Job = tuple[Path, _Task | str]
 
 
-def fast(plan: Plan) -> AbstractContextManager[None]:
-    """Carry a plan out within this, for compiled loops where they are worth their start."""
+def fast(plan: Plan) -> AbstractContextManager[Backend]:
+    """Carry a plan out within this, for compiled loops where they are worth their start; gives what maps."""
     worthwhile = plan.checkpoint.nbytes >= WORTH_LOADING and any("gmp" in step.forms for step in plan.steps)
-    return compiled_conversion() if worthwhile else nullcontext()
+    return compiled_conversion() if worthwhile else nullcontext(REFERENCE)
 
 
 def decide(plan: Plan, exact: bool) -> Plan:

@@ -83,22 +83,32 @@ def for_conversion() -> Backend:
 
 
 @contextlib.contextmanager
-def compiled_conversion() -> Iterator[None]:
+def compiled_conversion() -> Iterator[Backend]:
     """Within, conversions on the CPU run in its own backend, where there is one, and in processes forked meanwhile.
 
-    That takes half a second to begin with, and some seconds when the loops are built for the first time.
+    That takes half a second to begin with, and some seconds when the loops are built for the first time. Gives the backend
+    that runs: the reference, with the reason, where there is no other or its loops cannot be built.
     """
+    backend = _prepared()
+    before = _converting.set(backend)
+    try:
+        yield backend
+    finally:
+        _converting.reset(before)
+
+
+def _prepared() -> Backend:
     name, path = _OWN["cpu"]
     module = _imported(path)
     if isinstance(module, str):
-        yield
-        return
-    module.prepare()
-    before = _converting.set(Backend(name, module.decode, module.rows_gradient, module.encode))
+        return replace(REFERENCE, instead=f"{name}: {module}")
     try:
-        yield
-    finally:
-        _converting.reset(before)
+        module.prepare()
+    except Exception as error:  # whatever a compiler, or the disk it keeps its work on, raises
+        return replace(
+            REFERENCE, instead=f"{name}: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        )
+    return Backend(name, module.decode, module.rows_gradient, module.encode)
 
 
 def name(theta: Tensor) -> str:
@@ -114,3 +124,5 @@ def _imported(path: str) -> ModuleType | str:
         return importlib.import_module(path)
     except ImportError as error:
         return str(error)
+    except Exception as error:  # a package that is there and broken
+        return f"{type(error).__name__}: {error}"

@@ -7,6 +7,8 @@ the reference is, on torch's tensors and on as many threads as torch would take.
 from __future__ import annotations
 
 import math
+import signal
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
@@ -25,16 +27,37 @@ from reparam.kernels.hyperspherical import right_angle, stored_radius
 _SHARE = 1 << 17
 
 
+def _numpy(tensor: Tensor) -> Any:
+    """The tensor's memory as an array; ``Tensor.numpy`` would leave storage that nobody (FSDP) may resize any more."""
+    return np.from_dlpack(tensor.detach())
+
+
+if not _numpy(torch.empty(1)).flags.writeable:
+    raise ImportError(f"numpy {np.__version__} gives read-only arrays: 2.2.5 or later")
+
+
 def refusal(theta: Tensor) -> str | None:
     """Why these angles cannot be mapped here; None where they can."""
     return None if theta.dtype in (torch.float32, torch.float64) else f"angles in {theta.dtype}"
 
 
 def prepare() -> None:
-    """Have the loops of a conversion built, or read back, before processes are forked that would each do it."""
-    for dtype in (torch.float32, torch.float64):
-        radius, theta = encode(torch.ones(1, 2), dtype)
-        decode(theta, 2, dtype, radius)
+    """Have the loops of a conversion built, or read back, before processes are forked that would each do it.
+
+    An interrupt waits until that is done: within a compiler it would get lost, or leave something half-built.
+    """
+    interrupts: list[int] = []
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGINT, lambda number, frame: interrupts.append(number)) if main else None
+    try:
+        for dtype in (torch.float32, torch.float64):
+            radius, theta = encode(torch.ones(1, 2), dtype)
+            decode(theta, 2, dtype, radius)
+    finally:
+        if main:
+            signal.signal(signal.SIGINT, before)
+    if interrupts:
+        raise KeyboardInterrupt
 
 
 def encode(weight_RN: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -75,11 +98,6 @@ def rows_gradient(
     arguments = [_numpy(theta), _radius(radius_R, theta), _numpy(grad), _numpy(d_radius), _numpy(d_theta)]
     _in_threads(gradient, arguments, _zeros(stored), theta.numel())
     return d_radius.to(theta.dtype), d_theta.zero_() if n == 1 else d_theta
-
-
-def _numpy(tensor: Tensor) -> Any:
-    """The tensor's memory as an array; ``Tensor.numpy`` would leave storage that nobody (FSDP) may resize any more."""
-    return np.from_dlpack(tensor.detach())
 
 
 def _radius(radius: Tensor | None, theta: Tensor) -> Any:

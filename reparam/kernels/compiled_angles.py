@@ -45,7 +45,7 @@ def _suffix_sums(squared: Any, m: int, s: Any) -> None:
 
 @compiled
 def _arctangents(w: Any, squared: Any, out: Any) -> None:
-    """atan(w/√squared) of one block, with one division each and no branch; 0 for 0/0, never −0."""
+    """atan(w/√squared) of one block, with one division each and no branch; 0 for 0/0."""
     for j in range(len(w)):
         x = np.float64(w[j])
         a, d = abs(x), math.sqrt(squared[j])

@@ -83,13 +83,13 @@ class Composed:
 
     def __init__(self, tensors: Sequence[Tensor], weight: Tensor) -> None:
         self.weight = weight
-        self._tensors, self._state = tuple(tensors), _state(tensors)
+        self.tensors, self._state = tuple(tensors), _state(tensors)
         # Their memory, whose address nobody else gets while it is held.
         self._kept = [t.detach() for t in tensors]
 
     def is_of(self, tensors: Sequence[Tensor]) -> bool:
         """Whether it is composed of these, as they are now."""
-        same = len(tensors) == len(self._tensors) and all(map(operator.is_, tensors, self._tensors))
+        same = len(tensors) == len(self.tensors) and all(map(operator.is_, tensors, self.tensors))
         return same and _state(tensors) == self._state
 
 

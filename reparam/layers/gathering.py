@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from reparam.errors import ReparamError
 from reparam.layers.caching import Compose, Composed, WeightCache, caches
 
 
@@ -30,16 +31,26 @@ def gathered_gradients(model: nn.Module) -> Iterator[None]:
                 loss(model(inputs), targets).backward()
         optimizer.step()
 
-    All backward passes have to be inside. Not for DistributedDataParallel, which waits for the parameters' gradients
-    within each backward pass. Compiled code and passes without gradients compose as ever, and so does a layer whose
-    parameters changed inside the block. If the block raises, what was gathered is dropped. Costs the memory of all composed
+    All backward passes of what ran inside have to be inside, and clipping, unscaling and ``zero_grad`` outside: parameters
+    have no gradient of a composed weight before the end, and their hooks see the sum. Not for DistributedDataParallel, which
+    waits for the parameters' gradients within each backward pass, nor for torch.func's transforms. Compiled code and passes
+    without gradients compose as ever, and so does a layer whose parameters changed inside the block before it was used.
+    Writes through ``.data`` go unseen. If the block raises, what was gathered is dropped. Costs the memory of all composed
     weights and of their gradients.
+
+    Raises:
+        ReparamError: parameters changed, or were frozen or freed, between a backward pass and the end; or a backward pass
+            came after the end.
     """
     with caches(model, _Gathering) as made:
         yield
-        used = [one for gathering in made for one in gathering.gathered.values() if one.leaf.grad is not None]
+        used = [entry for gathering in made for entry in gathering.close() if entry.leaf.grad is not None]
+        if any(not entry.unchanged() for entry in used):
+            raise ReparamError(
+                "gathered_gradients: parameters changed between a backward pass and the end of the block"
+            )
         if used:
-            torch.autograd.backward([one.weight for one in used], [one.leaf.grad for one in used])
+            torch.autograd.backward([entry.weight for entry in used], [entry.leaf.grad for entry in used])
 
 
 class _Gathered(Composed):
@@ -48,6 +59,14 @@ class _Gathered(Composed):
     def __init__(self, tensors: Sequence[Tensor], weight: Tensor) -> None:
         super().__init__(tensors, weight)
         self.leaf = weight.detach().requires_grad_(weight.requires_grad)
+        self._trained = [t.requires_grad for t in tensors]
+
+    def is_of(self, tensors: Sequence[Tensor]) -> bool:
+        return super().is_of(tensors) and [t.requires_grad for t in tensors] == self._trained
+
+    def unchanged(self) -> bool:
+        """Whether its own parameters are still as they were."""
+        return self.is_of(self.tensors)
 
 
 class _Gathering(WeightCache):
@@ -55,17 +74,31 @@ class _Gathering(WeightCache):
 
     def __init__(self) -> None:
         super().__init__()
-        self.gathered: dict[Hashable, _Gathered] = {}
+        self._gathered: dict[Hashable, _Gathered] = {}
+        self._open = True
+
+    def close(self) -> list[_Gathered]:
+        """What was gathered; no gradient that comes later can get where it should."""
+        self._open = False
+        entries = list(self._gathered.values())
+        for entry in entries:
+            if entry.leaf.requires_grad:
+                entry.leaf.register_hook(_refuse)  # type: ignore[no-untyped-call]
+        return entries
 
     def weight(
         self, tensors: Sequence[Tensor], how: Hashable, dtype: torch.dtype, compose: Compose
     ) -> Tensor:
-        if not torch.is_grad_enabled():
+        if not (self._open and torch.is_grad_enabled()):
             return compose(dtype)
-        if how not in self.gathered:
+        if how not in self._gathered:
             wide = functools.reduce(torch.promote_types, (t.dtype for t in tensors), dtype)
             # Activation checkpointing counts what is saved, and would miss this when it runs a region again.
             with saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
-                self.gathered[how] = _Gathered(tensors, compose(wide))
-        entry = self.gathered[how]
+                self._gathered[how] = _Gathered(tensors, compose(wide))
+        entry = self._gathered[how]
         return entry.leaf.to(dtype) if entry.is_of(tensors) else compose(dtype)
+
+
+def _refuse(grad: Tensor) -> Tensor:
+    raise ReparamError("gathered_gradients: a backward pass after the block, of what ran inside it")
