@@ -27,8 +27,8 @@ def convert(value: dict[str, Any]) -> None:
     text.table(["job", "time", "time to + fsync", "seconds", "peak MB", "read MB", "written MB"], rows)
     settings = value["settings"]
     print(
-        f"\n{settings['gigabytes']:g} GB of {settings['dtype']}, the map by {settings['backend']},"
-        f" {text.count(settings['repeats'], 'repeat')}; {_machine(value)}"
+        f"\n{settings['gigabytes']:.3g} GB of {settings['dtype']}, the map by {settings['backend']},"
+        f" {text.count(settings['repeats'], 'repeat')}; {_machine(value)}, {text.count(value['machine']['torch_threads'], 'thread')}"
     )
 
 

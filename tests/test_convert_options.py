@@ -240,4 +240,6 @@ def test_progress_is_told_of_every_byte(source: Path) -> None:
     assert amounts == sorted(amounts)
     assert {name for _, _, name in seen} >= {"conv1", "blocks.0.fc", "head.weight"}
     total = sum(len(data) for _, _, data in raw_tensors(source.with_name("model.gmp.safetensors")).values())
-    assert total <= seen[-1][0] <= seen[-1][1]
+    assert seen[-1][0] == total
+    assert seen[0][0] == 0, "told at once of how much there is"
+    assert all(total <= whole for _, whole, _ in seen)

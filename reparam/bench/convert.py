@@ -59,7 +59,7 @@ def bench_convert(
     """Time the jobs on a generated sharded checkpoint.
 
     Args:
-        gigabytes: size of the SP checkpoint.
+        gigabytes: size of the SP checkpoint, at least: it has four layers of a language model.
         dtype: safetensors code.
         repeats: of every job; medians are reported.
         tell: told what is being done.
@@ -75,6 +75,7 @@ def bench_convert(
     try:
         tell(f"generating {gigabytes:g} GB of {dtype}")
         generate(folder / "sp", gigabytes, dtype)
+        made = _megabytes(folder / "sp") / 1e3
         backend = _run(folder, "sp", "gmp", keep=True)["backend"]
         runs: dict[str, _Runs] = {name: [] for name in JOBS}
         for repeat in range(repeats):
@@ -89,7 +90,7 @@ def bench_convert(
         "what": "convert",
         "machine": describe(),
         "settings": {
-            "gigabytes": gigabytes,
+            "gigabytes": round(made, 3),
             "dtype": dtype,
             "repeats": repeats,
             "cache": "warm",

@@ -53,7 +53,7 @@ def convert_checkpoint(
         axes: unit axis by glob, where shapes do not tell.
         force: replace an existing output.
         dry_run: read headers, write nothing.
-        progress: told of every tensor written.
+        progress: told at once, and of every part written.
 
     Returns:
         What was done with every tensor, and how exactly it converts back.
@@ -79,6 +79,8 @@ def convert_checkpoint(
 
     from reparam.checkpoint import running
 
+    if progress is not None:
+        progress(0, sum(file.nbytes for file in files.values()), "preparing")
     with running.fast(plan) as backend:
         plan = running.decide(plan, exact)
         files = plan.files()

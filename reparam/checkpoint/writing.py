@@ -62,7 +62,9 @@ class SafetensorsWriter:
     def __init__(self, path: Path, entries: Entries, metadata: Mapping[str, str]) -> None:
         self._entries = entries
         header, self._places = header_of(entries, metadata)
+        # What was written since it was last taken, and what was counted: together each byte of an entry once.
         self._written: Counter[str] = Counter()
+        self._counted: Counter[str] = Counter()
         self._failed: OSError | None = None
         self._file = path.open("xb", buffering=0)
         self._put(0, memoryview(header))
@@ -114,8 +116,8 @@ class SafetensorsWriter:
         return written
 
     def count(self, written: Counter[str]) -> None:
-        """Count as written here what was :meth:`taken` there."""
-        self._written += written
+        """Count as written what was :meth:`taken`, there or here."""
+        self._counted += written
 
     def _put(self, offset: int, data: memoryview) -> None:
         if hasattr(os, "pwrite"):
@@ -139,7 +141,8 @@ class SafetensorsWriter:
                 self._failed = self._failed or error
 
     def close(self) -> None:
-        unwritten = [key for key, (_, size) in self._places.items() if self._written[key] != size]
+        written = self._counted + self._written
+        unwritten = [key for key, (_, size) in self._places.items() if written[key] != size]
         assert not unwritten, unwritten[:3]
         try:
             os.fsync(self._file.fileno())
