@@ -10,6 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from support import a_layer, convert, gaussian, gmp_layer, refused, with_records
 
+from reparam.checkpoint import reading
+
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize(
@@ -32,9 +34,27 @@ def test_what_is_not_finite_is_named(
         tmp_path / "model.safetensors",
         "--to",
         to,
-        naming=("model.safetensors", "fc"),
+        naming=(
+            "model.safetensors",
+            "fc",
+            f"(1 value, the first at {key}{[n - 1 for n in state[key].shape]})",
+        ),
         leaving=tmp_path,
     )
+
+
+@pytest.mark.parametrize("pickled", [False, True])
+def test_where_it_is_and_how_much_of_it(
+    pickled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over several blocks of a file, of a tensor in another memory order too."""
+    monkeypatch.setattr(reading, "_BLOCK", 64)
+    weight = gaussian(20, 30).t().contiguous().t() if pickled else gaussian(20, 30)
+    weight[7, 3] = weight[7, 29] = math.nan
+    weight[19, 29] = math.inf
+    file = tmp_path / ("m.pt" if pickled else "m.safetensors")
+    (torch.save if pickled else save_file)({"fc.weight": weight}, file)
+    refused("convert", file, "--to", "gmp", naming=("(3 values, the first at fc.weight[7, 3])",))
 
 
 @pytest.mark.parametrize("role", ["r", "theta", "lambda_"])

@@ -23,7 +23,7 @@ from reparam.checkpoint.mapping import bias_roles, blocks, cut_axes, map_block
 from reparam.checkpoint.metadata import LayerRecord
 from reparam.checkpoint.plan import CONVERTED, FilePlan, Plan, Step, settle_ties
 from reparam.checkpoint.reading import Checkpoint
-from reparam.checkpoint.source import Source, divisible
+from reparam.checkpoint.source import Source, divisible, whereabouts
 from reparam.checkpoint.workers import each
 from reparam.checkpoint.writing import SafetensorsWriter
 from reparam.errors import NonFiniteError, SelectionError
@@ -229,10 +229,11 @@ def _flushing(writers: Sequence[SafetensorsWriter]) -> Iterator[None]:
 
 @contextmanager
 def _naming(checkpoint: Checkpoint, layer: Layer) -> Iterator[None]:
-    """A bad value met within is reported with the file and the layer."""
+    """A bad value met within is reported with the file, the layer, and where it is."""
     try:
         yield
     except NonFiniteError as error:
         raise NonFiniteError(
-            f"{checkpoint.path}: '{layer.weight_key}' holds {error}: mend it, or --exclude {layer.name}"
+            f"{checkpoint.path}: '{layer.weight_key}' holds {error}{whereabouts(checkpoint, layer)}: "
+            f"mend it, or --exclude {layer.name}"
         ) from error

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from reparam.checkpoint.cutting import Block, Part, Range, within
 from reparam.checkpoint.layers import Layer
 from reparam.checkpoint.reading import Checkpoint
+from reparam.dtypes import torch_dtype
 from reparam.parameterizations.weight_norm import norm_axes, norm_over
 
 # Weights of which a norm over more than a block is summed at once.
@@ -88,6 +90,21 @@ class Source:
 def divisible(checkpoint: Checkpoint, layer: Layer) -> bool:
     """Whether parts of a layer can be read alone; a tensor in another memory order is read whole, so only once."""
     return all(checkpoint.tensors[key].stride is None for key in layer.tensors.values())
+
+
+def whereabouts(checkpoint: Checkpoint, layer: Layer) -> str:
+    """How many values of a layer's first tensor with any are NaN or Inf, and where the first one is; else empty."""
+    for key in layer.tensors.values():
+        info, at, count, first = checkpoint.tensors[key], 0, 0, 0
+        for block in checkpoint.blocks(key) if info.numel else ():
+            values = torch.frombuffer(bytearray(block), dtype=torch_dtype(info.dtype))
+            bad = values.isfinite().logical_not_().nonzero()
+            first = at + int(bad[0]) if len(bad) and not count else first
+            at, count = at + len(values), count + len(bad)
+        if count:
+            place = [int(i) for i in np.unravel_index(first, info.shape)]
+            return f" ({count:,} {'value' if count == 1 else 'values'}, the first at {key}{place})"
+    return ""
 
 
 def _scattered(shape: Sequence[int], box: Sequence[Range]) -> bool:
