@@ -39,6 +39,11 @@ class CheckFailedError(ReparamError):
     """A check ran and did not pass. The command line exits with 1."""
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of somebody else's says first; its type where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def listed(names: Sequence[str]) -> str:
     """The first few names as a message gives them, and how many more there are."""
     more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""

@@ -191,7 +191,7 @@ def test_no_rows() -> None:
 def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """Every checkpoint is a large one; the names of the compiled functions that were called."""
     made: list[str] = []
-    monkeypatch.setattr(running, "WORTH_LOADING", 0)
+    monkeypatch.setattr(running, "_WORTH_LOADING", 0)
     for name in ("encode", "decode"):
         function = getattr(compiled, name)
         monkeypatch.setattr(

@@ -15,16 +15,18 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 
 from reparam.checkpoint import convert_checkpoint, running
-from reparam.kernels.backend import REFERENCE, compiled_conversion
+from reparam.checkpoint.plan import make_plan
+from reparam.checkpoint.reading import open_checkpoint
+from reparam.checkpoint.selection import Selection
+from reparam.kernels.backend import REFERENCE
 
 
 def main() -> None:
     job = json.loads(sys.argv[1])
     source, output = Path(job["source"]), Path(job["output"])
-    large = sum(file.stat().st_size for file in source.glob("*.safetensors")) >= running.WORTH_LOADING
     backend = REFERENCE
-    if large and "gmp" in (job["to"], source.name):
-        with compiled_conversion() as backend:
+    if job["to"] is not None:
+        with running.fast(make_plan(open_checkpoint(source), job["to"], Selection())) as backend:
             pass
     began = time.perf_counter()
     if job["to"] is None:

@@ -38,8 +38,8 @@ _BLOCKS = 4
 _FLUSH = 0.05
 # Bytes to write from which on worker processes are worth their start.
 _WORTHWHILE = 1 << 25
-#: Bytes to read from which on the compiled loops of GmP's map are worth the half second that they take to load.
-WORTH_LOADING = 1 << 28
+# Bytes to read from which on the compiled loops of GmP's map are worth the half second that they take to load.
+_WORTH_LOADING = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ _Job = tuple[Path, _Task | str]
 
 def fast(plan: Plan) -> AbstractContextManager[Backend]:
     """Carry a plan out within this, for compiled loops where they are worth their start; gives what maps."""
-    worthwhile = plan.checkpoint.nbytes >= WORTH_LOADING and any("gmp" in step.forms for step in plan.steps)
+    worthwhile = plan.checkpoint.nbytes >= _WORTH_LOADING and any("gmp" in step.forms for step in plan.steps)
     return compiled_conversion() if worthwhile else nullcontext(REFERENCE)
 
 

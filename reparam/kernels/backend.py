@@ -27,6 +27,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from reparam.errors import first_line
 from reparam.kernels.gradient import rows_gradient
 from reparam.kernels.hyperspherical import decode, encode
 
@@ -105,9 +106,7 @@ def _prepared() -> Backend:
     try:
         module.prepare()
     except Exception as error:  # whatever a compiler, or the disk it keeps its work on, raises
-        return replace(
-            REFERENCE, instead=f"{name}: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
-        )
+        return replace(REFERENCE, instead=f"{name}: {type(error).__name__}: {first_line(error)}")
     return Backend(name, module.decode, module.rows_gradient, module.encode)
 
 
@@ -125,4 +124,4 @@ def _imported(path: str) -> ModuleType | str:
     except ImportError as error:
         return str(error)
     except Exception as error:  # a package that is there and broken
-        return f"{type(error).__name__}: {error}"
+        return f"{type(error).__name__}: {first_line(error)}"

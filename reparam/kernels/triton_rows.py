@@ -15,6 +15,7 @@ import triton
 from torch import Tensor
 from triton.runtime.errors import TritonError
 
+from reparam.errors import first_line
 from reparam.kernels.hyperspherical import right_angle
 from reparam.kernels.triton_kernels import decode_kernel, gradient_kernel
 
@@ -41,7 +42,7 @@ def _fault(device: torch.device) -> str | None:
     try:
         decode(torch.zeros(1, 1, device=device), 2, torch.float32, None, torch.float32)
     except (RuntimeError, OSError, subprocess.CalledProcessError, TritonError) as error:
-        return str(error).splitlines()[0]
+        return first_line(error)
     return None
 
 

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from reparam.errors import ReparamError
+from reparam.errors import ReparamError, first_line
 
 #: what torchrun sets besides WORLD_SIZE
 _ENVIRONMENT = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -69,7 +69,7 @@ class World:
         try:
             dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
         except (RuntimeError, ValueError) as error:
-            why = str(error).splitlines()[0]
+            why = first_line(error)
             raise ReparamError(f"rank {rank} of {size} cannot reach the others: {why}") from error
         return cls(rank, size, place, joined=True)
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from reparam.errors import DataError, ReparamError
+from reparam.errors import DataError, ReparamError, first_line
 from reparam.graph import records_of
 from reparam.training.data.augment import Augment
 from reparam.training.data.loader import Batches
@@ -142,7 +142,7 @@ def _tried(model: nn.Module, inputs: Tensor, precision: Precision, fault: str) -
         if ran_out(error):
             told = f"out of memory on {precision.device} with {len(inputs)} sample(s): use a larger one"
             raise ReparamError(told) from error
-        why = (str(error) or type(error).__name__).splitlines()[0]
+        why = first_line(error)
         raise DataError(f"the network {fault}: {why}") from error
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 from pydantic import ValidationError
 
-from reparam.errors import ReparamError
+from reparam.errors import ReparamError, first_line
 from reparam.training.recipe import NETWORK, Recipe
 
 
@@ -73,7 +73,7 @@ def _read(file: Path) -> dict[str, object]:
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
         line = f", line {mark.line + 1}" if mark is not None else ""
-        why = (problem or str(error) or type(error).__name__).splitlines()[0]
+        why = problem or first_line(error)
         raise ReparamError(f"{file}: not YAML{line} ({why})") from error
     if found is None:
         return {}

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import yaml  # type: ignore[import-untyped]
 
 from reparam.checkpoint.staging import staged
-from reparam.errors import CheckpointError, OutputError
+from reparam.errors import CheckpointError, OutputError, first_line
 from reparam.training.recipe import NETWORK, Recipe
 from reparam.training.recipe_file import to_yaml
 
@@ -109,7 +109,7 @@ class RunFolder:
             found = yaml.safe_load(self.config.read_text(encoding="utf-8"))
             return dict(found.get(NETWORK) or {})
         except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
-            why = getattr(error, "strerror", None) or str(error).splitlines()[0]
+            why = getattr(error, "strerror", None) or first_line(error)
             raise CheckpointError(
                 f"{self.config}: cannot be read: is this the folder of a run? ({why})"
             ) from error

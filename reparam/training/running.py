@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from reparam.errors import ReparamError
+from reparam.errors import ReparamError, first_line
 from reparam.training.data.randomness import seeded
 from reparam.training.distributed import World
 from reparam.training.events import Event, TrainingResult
@@ -71,7 +71,7 @@ def train(
             return loop.run(resume)
         except RuntimeError as error:
             if recipe.compile and _of_compiler(error):
-                why = str(error).strip().splitlines()[0]
+                why = first_line(error)
                 raise ReparamError(
                     f"--compile: torch cannot compile the network ({why}): leave it out"
                 ) from error

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from reparam.checkpoint.staging import staged
-from reparam.errors import CheckpointError, DataError, ReparamError
+from reparam.errors import CheckpointError, DataError, ReparamError, first_line
 from reparam.training.events import Evaluation
 from reparam.training.recipe import Recipe
 
@@ -114,7 +114,7 @@ class State:
         try:
             found = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # torch's and pickle's, of many kinds
-            why = (str(error) or type(error).__name__).splitlines()[0]
+            why = first_line(error)
             raise CheckpointError(f"{file}: cannot be read ({why}): start again with --force") from error
         names = {f.name for f in fields(cls)} - {"file"}
         if not isinstance(found, dict) or found.pop("format", None) != _FORMAT or found.keys() != names:
