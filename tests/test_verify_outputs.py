@@ -9,8 +9,8 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from deployment_cases import MATMUL, ROWS, Net, graph, linear, names, to
 from onnx import TensorProto, helper
-from test_verify_deployment import MATMUL, ROWS, Net, graph, linear, names, to
 from torch import Tensor
 
 from reparam.verification import Report, Tolerance, compare_onnx, exact, verify_onnx

@@ -10,8 +10,8 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+from deployment_cases import ROWS, Net, graph, linear, names, to
 from onnx import TensorProto
-from test_verify_deployment import ROWS, Net, graph, linear, names, to
 
 from reparam.verification import compare_onnx, runtime
 from reparam.verification.runtime import CPU, CUDA, RuntimeFailed, open_session

@@ -1,0 +1,125 @@
+"""The inputs a file is judged on: sizes, loudness, how many, and data of the user's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from deployment_cases import ROWS, Net, graph, linear, names, to
+from onnx import helper
+from torch import Tensor, nn
+
+from reparam.errors import DataError
+from reparam.graph import parse_spec
+from reparam.verification import compare_onnx, load_data
+from reparam.verification.samples import Sample, samples
+
+
+class Looks(nn.Module):
+    """Two tables, ids into one, positions into the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.places = nn.Embedding(37, 3), nn.Embedding(70, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.tokens(ids) + self.places(torch.arange(ids.shape[1]))
+
+
+def test_integers_stay_within_the_table_they_are_looked_up_in() -> None:
+    """And sizes that the model refuses, T = 96, are left out and named."""
+    found = list(samples(Looks(), [parse_spec("ids=int64[N,T]")], 0))
+    inputs = [sample.inputs[0] for sample in found if isinstance(sample, Sample)]
+    largest = max(int(x.max()) for x in inputs)
+    assert 30 <= largest < 37
+    assert {x.shape[0] for x in inputs} == {1, 2, 3}
+    assert len({x.shape[1] for x in inputs}) >= 2
+    assert any("T=96" in note for note in found if isinstance(note, str))
+
+
+def test_samples_cover_sizes_and_loudness() -> None:
+    specs = [parse_spec("a=float32[N,T,U]"), parse_spec("m=bool[N,T]"), parse_spec("h=float16[3]")]
+    model = Net(lambda x, w: x)
+    model.forward = lambda a, m, h: a  # type: ignore[method-assign]
+    drawn = [sample for sample in samples(model, specs, 0, spare=True) if isinstance(sample, Sample)]
+    found, spare = drawn[:3], drawn[3:]
+    assert len([s for s in samples(model, specs, 0) if isinstance(s, Sample)]) == 3
+    for three in (found, spare):
+        assert [sample.group for sample in three] == ["scale 0.1", "scale 1", "scale 10"]
+    assert [sample.spare for sample in drawn] == [False] * 3 + [True] * 3
+    assert [sample.sizes["N"] for sample in drawn] == [1, 2, 3, 8, 9, 7]
+    assert all(a.sizes["T"] != b.sizes["T"] for a, b in zip(found, spare, strict=True))
+    assert [x.dtype for x in found[0].inputs] == [torch.float32, torch.bool, torch.float16]
+    for sample in drawn:
+        assert sample.sizes["T"] != sample.sizes["U"]
+        assert sample.inputs[0].shape[:2] == sample.inputs[1].shape
+    assert all(len({sample.sizes[axis] for sample in found}) == 3 for axis in "NTU")
+
+
+@pytest.mark.parametrize(
+    ("values", "rows"), [(1000, [1, 2, 3]), (500, [1, 2, 3, 8]), (333, [1, 2, 3, 7, 8, 9])]
+)
+def test_few_values_need_more_samples(values: int, rows: list[int], tmp_path: Path) -> None:
+    """1000 of every loudness are enough. The original runs twice for each: in float64 and as it is deployed."""
+    given: list[tuple[torch.dtype, int]] = []
+
+    def wide(x: Tensor, weight: Tensor) -> Tensor:
+        given.append((x.dtype, len(x)))
+        return x.sum(1, keepdim=True) * torch.ones(values)
+
+    nodes = [
+        helper.make_node("ReduceSum", ["x", "one"], ["s"]),
+        helper.make_node("Mul", ["s", "ones"], ["y"]),
+    ]
+    constants = {"one": np.array([1]), "ones": np.ones((1, values), np.float32)}
+    report = compare_onnx(Net(wide), graph(nodes, tmp_path / "m.onnx", constants=constants), ROWS)
+    assert report.passed, report.lines()
+    for dtype in (torch.float64, torch.float32):
+        assert sorted(n for kind, n in given if kind == dtype) == rows
+    assert len(given) == 2 * len(rows)
+
+
+def test_an_axis_that_only_one_size_fits_is_not_dynamic(tmp_path: Path) -> None:
+    model = Net(lambda x, w: linear(x, w) + x.new_zeros(1, 3).expand(2, 3))
+    report = compare_onnx(model, graph(to("Identity"), tmp_path / "m.onnx"), ROWS)
+    assert not report.passed
+    model = Net(lambda x, w: linear(x.reshape(2, 4), w))
+    report = compare_onnx(model, graph(to("Identity"), tmp_path / "m.onnx"), ROWS)
+    assert names(report) == ["dynamic axes"]
+    assert "N=2 alone" in str(report.checks[0].where)
+
+
+def test_real_data_is_judged_too(tmp_path: Path) -> None:
+    """A fault that shows on real inputs alone: the file is right but for inputs beyond 1000."""
+    nodes = [
+        helper.make_node("Clip", ["x", "low", "high"], ["c"]),
+        helper.make_node("MatMul", ["c", "weight"], ["y"]),
+    ]
+    path = graph(nodes, tmp_path / "m.onnx", constants={"low": np.float32(-1000), "high": np.float32(1000)})
+    np.savez(tmp_path / "d.npz", x=np.full((5, 4), 2000, np.float32))
+    assert compare_onnx(Net(linear), path, ROWS).passed
+    data = load_data(tmp_path / "d.npz", ROWS)
+    report = compare_onnx(Net(linear), path, ROWS, data=data)
+    assert "at data" in str(report.failures[0].where)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (np.zeros((5, 3), np.float32), r"`x` is torch.float32 \[5, 3\], --input says float32 N,4"),
+        (np.zeros((5, 4), np.int64), "torch.int64"),
+        (np.full((5, 4), np.nan, np.float32), "NaN or Inf"),
+    ],
+)
+def test_data_that_does_not_fit_is_refused(value: np.ndarray, message: str, tmp_path: Path) -> None:
+    np.save(tmp_path / "d.npy", value)
+    with pytest.raises(DataError, match=message):
+        load_data(tmp_path / "d.npy", ROWS)
+
+
+def test_data_without_the_input_is_refused(tmp_path: Path) -> None:
+    np.savez(tmp_path / "d.npz", a=np.zeros(3), b=np.zeros(3))
+    with pytest.raises(DataError, match="no input `x`"):
+        load_data(tmp_path / "d.npz", ROWS)
