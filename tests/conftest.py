@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING
 
 # Files run side by side, a process a core: threads of torch would only be in each other's way. Before torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -13,6 +14,9 @@ import pytest
 from safetensors.torch import save_file
 from support import SHARED, gaussian
 
+if TYPE_CHECKING:
+    from template_files import Templates
+
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
@@ -20,6 +24,14 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"no {SHARED}: set REPARAM_SHARED")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Templates:
+    """Exports of the plain networks that ``--template`` is tried with."""
+    from template_files import Templates
+
+    return Templates(tmp_path_factory.mktemp("templates"))
 
 
 @pytest.fixture
