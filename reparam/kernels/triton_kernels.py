@@ -4,12 +4,13 @@ With s_i, c_i the sine and cosine of angle i, P_i = ∏_{j<i} c_j and S_i = s_i�
 
     w_i = r·P_i·s_i        ∂L/∂t_i = r·P_i·(c_i·g_i − s_i·S_{i+1})        ∂L/∂r = S_1
 
-Two levels: inside a block associative scans, P over products from the left, S over affine maps from the right; from
-block to block one product and one sum of the row. No division, so that small and zero cosines are like any others; no
-atomics, so that a row's result depends on that row alone.
+P and S inside a block are the scans of :mod:`~reparam.kernels.triton_scans`; from block to block one product and one sum
+of the row. No division, so that small and zero cosines are like any others; no atomics, so that a row's result depends
+on that row alone.
 
 A float32 product of rounded cosines is off by 3e-5 of the row at n = 25,088. The scans run in float64, over cosines taken
-as 1 − (1 − cos t) from a float32 1 − cos t: 4.4e-8 (pairs of float32 would be 5.0e-8, 1 − P carried in float32 1.7e-7).
+as 1 − (1 − cos t) from a float32 1 − cos t: 4.4e-8 (pairs of float32 would be 5.0e-8, 1 − P carried in float32 1.7e-7),
+with the float32 products around them 5.7e-8.
 The last coordinate has no angle: as one of sine 1 it is like the others (its cosine is used by none).
 """
 
@@ -19,29 +20,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from reparam.kernels.triton_scans import apart, block_product, prefix_products, suffix_states
+
 # π/2 in two float32: turns·π/2 is taken off an angle without rounding.
 _QUARTER = tl.constexpr(1.5707963705062866)
 _QUARTER_LOW = tl.constexpr(-4.371138828673793e-08)
 _QUARTERS_PER_RADIAN = tl.constexpr(0.6366197723675814)
 # 1.5·2²³: a float32 added to it is rounded to an integer, which the last bits of the sum then are.
 _ROUNDER = tl.constexpr(12582912.0)
-
-
-@triton.jit
-def _multiply(a, b):
-    return a * b
-
-
-@triton.jit
-def _products(before_1, through_1, before_2, through_2):
-    """Products of a run of factors without its last and with it: an exclusive scan beside the inclusive one."""
-    return through_1 * before_2, through_1 * through_2
-
-
-@triton.jit
-def _affine(beyond_a1, beyond_b1, a1, b1, beyond_a2, beyond_b2, a2, b2):
-    """The map x ↦ a·x + b of a run of coordinates, that of its first left out and in; run 2 comes before run 1."""
-    return beyond_a2 * a1, beyond_a2 * b1 + beyond_b2, a2 * a1, a2 * b1 + b2
 
 
 @triton.jit
@@ -109,6 +95,7 @@ def decode_kernel(
     WIDE: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    RUN: tl.constexpr,
 ):
     """Rows r·u(theta), shape (rows, n), contiguous; ``radius`` is contiguous or None."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
@@ -119,12 +106,12 @@ def decode_kernel(
     for start in range(0, n, COLUMNS):
         i = start + column
         sine, cosine = _sine_cosine(theta, stride_row, stride, row, i, rows, n, RIGHT, STRAIGHT, WIDE)
-        before, _ = tl.associative_scan((tl.full(cosine.shape, 1.0, tl.float64), cosine), 1, _products)
-        unit = (product * before).to(sine.dtype) * sine
+        before = prefix_products(apart(cosine, RUN), sine.dtype, RUN)
+        unit = product.to(sine.dtype) * before * sine
+        product *= block_product(cosine)
         if out.dtype.element_ty != tl.float64:
             unit = unit.to(tl.float32)  # which every narrower type is rounded from
         tl.store(out + row * n + i, unit.to(out.dtype.element_ty), mask=(row < rows) & (i < n))
-        product *= tl.reduce(cosine, 1, _multiply, keep_dims=True)
 
 
 @triton.jit
@@ -145,6 +132,7 @@ def gradient_kernel(
     WIDE: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    RUN: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
     """Gradients of the radius and of theta, contiguous; BLOCKS is at least the blocks of a row."""
@@ -160,7 +148,7 @@ def gradient_kernel(
     for k in range(1, blocks):
         i = (k - 1) * COLUMNS + column
         _, cosine = _sine_cosine(theta, stride_row, stride, row, i, rows, n, RIGHT, STRAIGHT, WIDE)
-        product *= tl.reduce(cosine, 1, _multiply, keep_dims=True)
+        product *= block_product(cosine)
         edges = tl.where(block == k, product, edges)
     state = tl.zeros((ROWS, 1), tl.float64)  # S at the right edge of the block
     for done in range(blocks):
@@ -169,17 +157,10 @@ def gradient_kernel(
         sine, cosine = _sine_cosine(theta, stride_row, stride, row, i, rows, n, RIGHT, STRAIGHT, WIDE)
         at = grad + row * grad_stride_row + i.to(tl.int64) * grad_stride
         g = tl.load(at, mask=(row < rows) & (i < n), other=0.0).to(sine.dtype)
-        one = tl.full(cosine.shape, 1.0, tl.float64)
-        before, _ = tl.associative_scan((one, cosine), 1, _products)
-        before *= tl.sum(tl.where(block == k, edges, 0.0), 1, keep_dims=True)
-        drive = (sine * g).to(tl.float64)
-        beyond_a, beyond_b, a, b = tl.associative_scan(
-            (one, tl.zeros_like(one), cosine, drive), 1, _affine, reverse=True
-        )
-        later = (beyond_a * state + beyond_b).to(sine.dtype)
-        d = before.to(sine.dtype) * (cosine.to(sine.dtype) * g - sine * later)
-        d = tl.where(n > 1, d, 0.0)  # the direction of a row of one is not trained
-        width = tl.maximum(n - 1, 1)
-        tl.store(d_theta + row * width + i, d.to(d_theta.dtype.element_ty), mask=(row < rows) & (i < width))
-        state = tl.sum(tl.where(column == 0, a * state + b, 0.0), 1, keep_dims=True)
+        edge = tl.sum(tl.where(block == k, edges, 0.0), 1, keep_dims=True)
+        cosines = apart(cosine, RUN)
+        before = prefix_products(cosines, sine.dtype, RUN)
+        later, state = suffix_states(cosines, apart(sine * g, RUN), state, sine.dtype, RUN)
+        d = edge.to(sine.dtype) * before * (cosine.to(sine.dtype) * g - sine * later)
+        tl.store(d_theta + row * (n - 1) + i, d.to(d_theta.dtype.element_ty), mask=(row < rows) & (i < n - 1))
     tl.store(d_radius + row, state.to(d_radius.dtype.element_ty), mask=row < rows)

@@ -19,6 +19,8 @@ from reparam.errors import first_line
 from reparam.kernels.hyperspherical import right_angle
 from reparam.kernels.triton_kernels import decode_kernel, gradient_kernel
 
+# Columns that a thread goes over by itself.
+_RUN = 8
 # Elements of one block, and of the wider one for rows so long that few of them have to keep the device busy.
 _BLOCK, _WIDE_BLOCK = 1024, 4096
 _LONG_ROW = 1 << 15
@@ -87,6 +89,8 @@ def rows_gradient(
                 *_exact_zeros(stored, theta_RT.dtype), WIDE=wide, **tile,
                 BLOCKS=triton.next_power_of_2(triton.cdiv(n, tile["COLUMNS"])), **launch,
             )  # fmt: skip
+    if n == 1:
+        d_theta.zero_()  # the direction of a row of one is not trained
     return d_radius, d_theta
 
 
@@ -94,7 +98,7 @@ def _tile(n: int) -> tuple[dict[str, int], dict[str, Any]]:
     """Shape of a block and how to launch it, by the length of a row alone: so is, then, the order of its sums."""
     size = _BLOCK if n <= _LONG_ROW else _WIDE_BLOCK
     columns = min(size, triton.next_power_of_2(n))
-    tile = {"ROWS": size // columns, "COLUMNS": columns}
+    tile = {"ROWS": size // columns, "COLUMNS": columns, "RUN": min(_RUN, columns)}
     # Said, as a release of Triton that changes the default warns where nothing is said.
     return tile, {"num_warps": size // 256, "enable_fp_fusion": True}
 
