@@ -109,7 +109,7 @@ def test_the_report_is_json(converted: Path, tmp_path: Path) -> None:
     assert value["passed"] is True
     for check in value["checks"]:
         assert set(check) == {
-            "name", "passed", "max_abs", "max_rel", "noise_floor", "tolerance", "where", "proof"
+            "name", "passed", "max_abs", "max_rel", "noise_floor", "tolerance", "where", "proof", "runs"
         }  # fmt: skip
     assert value["proofs"] == {"weights": True, "algebra": True, "deployment": True}
     deployed = [check for check in value["checks"] if check["proof"] == "deployment"]

@@ -58,6 +58,19 @@ def test_samples_cover_sizes_and_loudness() -> None:
     assert all(len({sample.sizes[axis] for sample in found}) == 3 for axis in "NTU")
 
 
+def test_what_is_exact_is_of_the_inputs_as_the_file_takes_them() -> None:
+    """Rounded to its types they are other inputs."""
+    model = Net(linear)
+    model.forward = lambda x, ids: x / 3  # type: ignore[method-assign]
+    sample = Sample("data", (torch.tensor([0.1]), torch.tensor([7])), {}).tried(model)
+    assert isinstance(sample, Sample)
+    assert sample.cast([torch.float32, torch.int64]) is sample.cast([None, None]) is sample
+    cast = sample.cast([torch.float16, torch.float16])
+    assert [x.dtype for x in cast.inputs] == [torch.float16, torch.int64]
+    assert sample.run_exactly(model).outputs[0].item() == np.float64(np.float32(0.1)) / 3
+    assert cast.run_exactly(model).outputs[0].item() == np.float64(np.float16(0.1)) / 3
+
+
 @pytest.mark.parametrize(
     ("values", "rows"), [(1000, [1, 2, 3]), (500, [1, 2, 3, 8]), (333, [1, 2, 3, 7, 8, 9])]
 )

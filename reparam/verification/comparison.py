@@ -7,8 +7,6 @@ explains is a failure of its own: NaN and Inf, another shape, type, name or numb
 
 from __future__ import annotations
 
-import math
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from reparam.graph.inputs import InputSpec
-from reparam.layers import Reparameterized
-from reparam.verification.exact import Float64, Run, reference_copy, run
+from reparam.verification.exact import Float64, Run, run
 from reparam.verification.logits import logits_of
+from reparam.verification.own_error import Judged, at_dtype, measure_again
 from reparam.verification.pools import MAX_FACTOR, Pool, Tolerance
 from reparam.verification.report import Check
 from reparam.verification.runtime import CPU, RuntimeFailed, Session, line, open_session
@@ -73,9 +71,7 @@ class Comparison:
         exact: nn.Module,
     ) -> None:
         self.specs, self.tolerances = specs, tolerances
-        self.exact, self.own = exact, reference_copy(reference)
-        if _dtype(reference) != dtype:
-            self.own = self.own.to(dtype)
+        self.exact, self.own = exact, at_dtype(reference, dtype)
         self.dtype = dtype
         self.notes: list[str] = []
 
@@ -83,7 +79,7 @@ class Comparison:
         """Checks of all outputs, or the one that ended it."""
         pools = [Pool(name, self.tolerances[name]) for name in deployed.session.outputs]
         logits: dict[str, Pool] = {}
-        used: list[Sample] = []
+        judged: list[Judged] = []
         for found in inputs:
             sample: Sample | str | None = found
             if isinstance(sample, Sample) and sample.spare:
@@ -91,36 +87,36 @@ class Comparison:
                     continue
                 sample = sample.tried(self.exact)
             while isinstance(sample, Sample):
-                fault = self._add(deployed, sample, pools, logits)
-                if fault is not None:
-                    return [fault]
-                used.append(sample)
+                run_once = self._add(deployed, sample, pools, logits)
+                if isinstance(run_once, Check):
+                    return [run_once]
+                judged.append(run_once)
                 quieter = None if _compared(sample, pools) else sample.quietest()
                 sample = None if quieter is None else quieter.tried(self.exact)
             if sample is not None:
                 self._note(sample)
-        if not used:
+        if not judged:
             return [
                 Check("reference", False, where="the original takes none of the inputs --input describes")
             ]
         for axis in dict.fromkeys(axis for spec in self.specs for axis in spec.dynamic):
-            taken = {sample.sizes[axis] for sample in used}
+            taken = {one.sample.sizes[axis] for one in judged}
             for pool in pools:
                 if len(pool.sizes[axis]) == 1:  # at none: the pool says so
                     told = self._fixed(axis, min(pool.sizes[axis]), None if len(taken) == 1 else pool.name)
                     return [Check("dynamic axes", False, where=told)]
-        return [check for pool in (*pools, *logits.values()) for check in pool.checks()]
+        every = (*pools, *logits.values())
+        doubted = {pool for pool in every if pool.doubted}
+        measure_again(self.own, self.exact, self.dtype, deployed.session.inputs, judged, doubted)
+        return [check for pool in every for check in pool.checks()]
 
     def _add(
         self, deployed: Deployed, sample: Sample, pools: list[Pool], logits: dict[str, Pool]
-    ) -> Check | None:
+    ) -> Check | Judged:
+        """Run all three on one input and pool the errors; or what no rounding explains."""
         session = deployed.session
-        given = tuple(
-            x.to(kind) if kind is not None and x.is_floating_point() else x
-            for x, kind in zip(sample.inputs, session.inputs, strict=True)
-        )
-        as_they_are = all(a is b for a, b in zip(given, sample.inputs, strict=True))
-        y = sample.run_exactly(self.exact) if as_they_are else run(self.exact, given, Float64())
+        taken, judged = sample.cast(session.inputs), Judged(sample)
+        given, y = taken.inputs, taken.run_exactly(self.exact)
         try:
             f = run(self.own, given)
         except (RuntimeError, NotImplementedError) as error:
@@ -154,14 +150,15 @@ class Comparison:
                 continue
             if pool.floating:
                 pool.add(sample.group, str(sample), *tensors)
+                judged.outputs[i] = pool
             pool.count(sample.group, sample.sizes, y.outputs[i].numel())
-        return self._add_logits(deployed, sample, given, y, f, logits)
+        return self._add_logits(deployed, given, judged, y, f, logits) or judged
 
     def _add_logits(
         self,
         deployed: Deployed,
-        sample: Sample,
         given: Sequence[Tensor],
+        judged: Judged,
         y: Run,
         f: Run,
         pools: dict[str, Pool],
@@ -169,6 +166,7 @@ class Comparison:
         """The same for what outputs are the softmax or sigmoid of, where both the file and the original have it."""
         if deployed.logits is None or all(y.logits(i) is None for i in range(len(y.outputs))):
             return None
+        sample = judged.sample
         try:
             values = dict(zip(deployed.logits.outputs, deployed.logits.run(given), strict=True))
         except RuntimeFailed as error:
@@ -184,7 +182,8 @@ class Comparison:
             told = f"{name} (its logits)"
             if not bool(torch.isfinite(got).all()):
                 return Check("finite", False, where=f"output {told}, {sample}: the file gives NaN or Inf")
-            pools.setdefault(name, Pool(told)).add(sample.group, str(sample), exact, own, got)
+            judged.logits[i] = pools.setdefault(name, Pool(told))
+            judged.logits[i].add(sample.group, str(sample), exact, own, got)
         return None
 
     def _fixed(self, axis: str, only: int, output: str | None) -> str:
@@ -202,21 +201,6 @@ class Comparison:
 def _compared(sample: Sample, pools: Iterable[Pool]) -> bool:
     """Whether every output was compared at every extent that an input has."""
     return all(extent in pool.sizes[axis] for pool in pools for axis, extent in sample.sizes.items())
-
-
-def _dtype(model: nn.Module) -> torch.dtype:
-    """The floating type most of a model's plain weights and buffers have: angles are wider than what they hold."""
-    counts: Counter[torch.dtype] = Counter()
-    angles: set[int] = set()
-    for layer in model.modules():
-        if isinstance(layer, Reparameterized):
-            for name, held in layer.held.items():
-                counts[held.dtype] += math.prod(held.spec.shape)
-                angles.update(id(tensor) for tensor in layer.tensors(name).values())
-    for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.is_floating_point() and id(tensor) not in angles:
-            counts[tensor.dtype] += tensor.numel()
-    return max(counts, key=lambda dtype: counts[dtype]) if counts else torch.float32
 
 
 def _decided(y: Run, f: Run, got: Tensor, index: int, pool: Pool) -> Check | None:

@@ -28,6 +28,7 @@ class Check:
         tolerance: the bound on ``max_rel``.
         where: which output and input, or what went wrong.
         proof: one of :data:`PROOFS`.
+        runs: of the original that ``noise_floor`` is of, where they are more than those of the file.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Check:
     tolerance: float | None = None
     where: str | None = None
     proof: str = "deployment"
+    runs: int | None = None
 
     def __str__(self) -> str:
         """One line for people."""
@@ -45,8 +47,9 @@ class Check:
         if self.max_rel is not None and self.tolerance is not None:
             text += f": {self.max_rel:.1e} of its scale"
             if self.noise_floor is not None:
+                runs = f" in {self.runs} runs" if self.runs else ""
                 text += (
-                    f", {self.max_rel / self.noise_floor:.1f} x the original's own error "
+                    f", {self.max_rel / self.noise_floor:.1f} x the original's own error{runs} "
                     f"(at most {self.tolerance / self.noise_floor:.0f} x)"
                 )
             else:

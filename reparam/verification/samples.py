@@ -54,6 +54,15 @@ class Sample:
         """What ``original`` gives in float64."""
         return run(original, self.inputs, Float64()) if self.exact is None else self.exact
 
+    def cast(self, kinds: Sequence[torch.dtype | None]) -> Sample:
+        """With floating inputs of these types, one an input; itself where it has them. None: as it is."""
+        inputs = tuple(
+            x.to(kind) if kind is not None and x.is_floating_point() else x
+            for x, kind in zip(self.inputs, kinds, strict=True)
+        )
+        same = all(a is b for a, b in zip(inputs, self.inputs, strict=True))
+        return self if same else replace(self, inputs=inputs, exact=None)
+
     def quietest(self) -> Sample | None:
         """The same noise at the least deviation; None where it has that, has none, or is spare."""
         if self.scale is None or self.scale <= NOISE[0] or self.spare:
