@@ -20,6 +20,8 @@ from reparam.graph.exchange import replace_modules
 from reparam.layers import Reparameterized, layer_class
 
 EXACT = 1e-12
+# Of g·v/‖v‖ in float32 by torch's kernel against its operations, which a compiler sees; all else is bit for bit.
+ROUNDING = {"wn": 1e-6}
 
 VARIANTS = [
     ("gmp", None),
@@ -66,7 +68,7 @@ def test_compiles_into_one_graph(form: str, mean: str | None) -> None:
     for found, expected in zip(gradients(model, compiled, x), gradients(eager, eager, x), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
     for found, expected in zip(model.buffers(), eager.buffers(), strict=True):
-        assert torch.equal(found, expected)
+        assert relative_error(found, expected) <= ROUNDING.get(form, 0.0)
     for training in (False, True):
         model.train(training), eager.train(training)
         torch.testing.assert_close(compiled(x), eager(x))
@@ -77,7 +79,7 @@ def test_exports(form: str, mean: str | None) -> None:
     model, x = network(form, mean).eval(), images()
     batch = torch.export.Dim("batch", min=2)
     exported = torch.export.export(model, (x,), dynamic_shapes=({0: batch},), strict=False)
-    assert torch.equal(exported.module()(images(7)), model(images(7)))
+    assert relative_error(exported.module()(images(7)), model(images(7))) <= ROUNDING.get(form, 0.0)
     maps = [node for node in exported.graph.nodes if node.target is torch.ops.reparam.rows.default]
     assert len(maps) == (2 if form == "gmp" else 0)
     assert set(exported.state_dict) == set(model.state_dict())

@@ -20,6 +20,7 @@ from reparam.graph import convert
 from reparam.kernels import backend
 from reparam.kernels.hyperspherical import decode, encode
 from reparam.kernels.operator import compose_rows
+from reparam.kernels.weight_norm import fused
 
 HERE = Path(__file__).parent
 F32 = torch.float32
@@ -197,16 +198,18 @@ def test_compiled_without_a_break_it_trains_as_it_does_eager(device: str) -> Non
 
 @needs_cuda
 @needs_triton
-def test_nothing_waits_and_a_cuda_graph_holds_it() -> None:
+@pytest.mark.parametrize("form", ["gmp", "wn"])
+def test_nothing_waits_and_a_cuda_graph_holds_it(form: str) -> None:
     r, theta = (x.cuda() for x in encode(gaussian(64, 1500), F32))
     other_r, other = (x.cuda() for x in encode(gaussian(64, 1500, seed=1), F32))
-    grad = gaussian(64, 1500, seed=2).cuda()
+    grad = gaussian(64, 1500 if form == "gmp" else 1499, seed=2).cuda()
     assert backend.name(theta) == "triton"
 
     def step() -> list[Tensor]:
         leaves = r.detach().requires_grad_(), theta.detach().requires_grad_()
-        rows = compose_rows(*leaves, 1500, F32, F32)
-        return [rows.detach(), *torch.autograd.grad(rows, leaves, grad)]
+        # The numbers serve WN as well, for g and v.
+        rows = compose_rows(*leaves, 1500, F32, F32) if form == "gmp" else fused(r[:, None], leaves[1], 0)
+        return [rows.detach(), *torch.autograd.grad(rows, leaves[form == "wn" :], grad)]
 
     step()
     torch.cuda.synchronize()
