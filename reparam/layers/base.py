@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from reparam.checkpoint.metadata import LayerRecord
 from reparam.errors import ReparamError
-from reparam.layers.building import build_from_plain, build_from_records, fold_layer
+from reparam.layers.building import build_from_plain, build_from_records, fold_layer, records_of
 from reparam.layers.caching import CachesWeights
 from reparam.layers.form import Form, Held
 from reparam.layers.kinds import Kind
@@ -19,12 +19,10 @@ from reparam.layers.mean_norm import (
     MeanNorm,
     evaluation_bias,
     input_first,
-    input_weights,
     insert_mean,
     normalized_forward,
     set_mean,
 )
-from reparam.layers.output_mean import OUTPUT_MEAN, OutputMean
 from reparam.layers.wide import WideModule
 
 if TYPE_CHECKING:
@@ -96,22 +94,7 @@ class Reparameterized(CachesWeights, WideModule):
 
     def records(self) -> dict[str, LayerRecord]:
         """What a file says about this layer, by parameter."""
-        inputs = input_weights(self)
-        mean = self.mean
-        if isinstance(behind := self._modules.get(OUTPUT_MEAN), OutputMean):
-            mean = MeanNorm("authors", behind.momentum)
-        return {
-            name: LayerRecord(
-                self.form.name,
-                held.spec,
-                held.bias_role,
-                self.scale_outside,
-                mean.kind if mean is not None and name in inputs else None,
-                mean.momentum if mean is not None and name in inputs else 0.01,
-                self.gained_bias and name in inputs,
-            )
-            for name, held in self.held.items()
-        }
+        return records_of(self)
 
     def record(self, name: str = "weight") -> LayerRecord:
         """What a file says about one weight."""

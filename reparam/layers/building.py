@@ -14,7 +14,8 @@ from reparam.dtypes import code_of, torch_dtype
 from reparam.errors import ArchitectureError
 from reparam.layers.form import Held
 from reparam.layers.kinds import bias_name, weight_names
-from reparam.layers.mean_norm import BUFFERS, folded
+from reparam.layers.mean_norm import BUFFERS, MeanNorm, folded, input_weights
+from reparam.layers.output_mean import OUTPUT_MEAN, OutputMean
 from reparam.layers.part import GeometricPart
 from reparam.parameterizations import UnitAxis, WeightSpec
 
@@ -69,6 +70,25 @@ def build_from_records(cls: type[_Layer], module: nn.Module, records: Mapping[st
             },
         )
     return _build(cls, module, made)
+
+
+def records_of(layer: Reparameterized) -> dict[str, LayerRecord]:
+    """See :meth:`Reparameterized.records`."""
+    inputs, mean = input_weights(layer), layer.mean
+    if isinstance(behind := layer._modules.get(OUTPUT_MEAN), OutputMean):
+        mean = MeanNorm("authors", behind.momentum)
+    return {
+        name: LayerRecord(
+            layer.form.name,
+            held.spec,
+            held.bias_role,
+            layer.scale_outside,
+            mean.kind if mean is not None and name in inputs else None,
+            mean.momentum if mean is not None and name in inputs else 0.01,
+            layer.gained_bias and name in inputs,
+        )
+        for name, held in layer.held.items()
+    }
 
 
 def fold_layer(layer: Reparameterized, scale: Tensor | None) -> nn.Module:
