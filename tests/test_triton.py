@@ -1,4 +1,4 @@
-"""The Triton backend: every test of test_backends.py in Triton's interpreter, its compilation, and what a GPU must show."""
+"""The Triton backend: every test of both files in Triton's interpreter, its compilation, and what a GPU must show."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ from reparam.graph import convert
 from reparam.kernels import backend
 from reparam.kernels.hyperspherical import decode, encode
 from reparam.kernels.operator import compose_rows
-from reparam.kernels.weight_norm import fused
+from reparam.kernels.weight_norm import compose
 
 HERE = Path(__file__).parent
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 F32 = torch.float32
 
 needs_triton = pytest.mark.skipif(
@@ -44,6 +45,7 @@ def test_in_the_interpreter() -> None:
         "-p",
         "no:cacheprovider",
         str(HERE / "test_backends.py"),
+        str(HERE / "test_weight_norm_rows.py"),
     ]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     ran = subprocess.run(command, env=environment, cwd=HERE.parent, capture_output=True, text=True)
@@ -106,10 +108,29 @@ def compiled(wide: str, compute: str, values: dict[str, Any], aligned: bool = Fa
         source = triton.compiler.ASTSource(
             fn=kernel, signature=signature, constexprs=constants, attrs=attributes if aligned else {}
         )
-        options = {"num_warps": 4, "enable_fp_fusion": True}
-        built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+        built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=OPTIONS)
         found.append(built.asm["ptx"])
     return found
+
+
+@needs_triton
+def test_programs_for_rows_of_weight_norm_compile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    from reparam.kernels import triton_weight_norm as module
+
+    for kernel in (module._weight_kernel, module._gradient_kernel):
+        names = kernel.arg_names
+        types = dict.fromkeys(names, "*fp32") | {"n": "i32", "COLUMNS": "constexpr"}
+        source = triton.compiler.ASTSource(
+            fn=kernel,
+            signature={name: types[name] for name in names},
+            constexprs={(names.index("COLUMNS"),): 1024},
+        )
+        code = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=OPTIONS).asm["ptx"]
+        assert "sqrt.rn.f64" in code
 
 
 @pytest.fixture
@@ -208,7 +229,9 @@ def test_nothing_waits_and_a_cuda_graph_holds_it(form: str) -> None:
     def step() -> list[Tensor]:
         leaves = r.detach().requires_grad_(), theta.detach().requires_grad_()
         # The numbers serve WN as well, for g and v.
-        rows = compose_rows(*leaves, 1500, F32, F32) if form == "gmp" else fused(r[:, None], leaves[1], 0)
+        rows = (
+            compose_rows(*leaves, 1500, F32, F32) if form == "gmp" else compose(r[:, None], leaves[1], (1,))
+        )
         return [rows.detach(), *torch.autograd.grad(rows, leaves[form == "wn" :], grad)]
 
     step()

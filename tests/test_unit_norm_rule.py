@@ -360,11 +360,11 @@ def test_rows_of_any_size(power: int, dtype: torch.dtype) -> None:
 def test_the_gradient_of_the_direction() -> None:
     """Through v/(‖v‖ + ε), by finite differences."""
     layer = LAYERS["unit", nn.Linear].from_plain(randomized(nn.Linear(4, 3, bias=False)))
-    held = layer.held["weight"]
+    spec = layer.record().spec
     for size in (1e-8, 1.0, 1e20):
 
         def composed(v: Tensor, size: float = size) -> Tensor:
-            return layer.form.weight({"weight_v": v * size}, held, torch.float64, False)
+            return layer.form.weight({"weight_v": v * size}, spec, torch.float64, False)
 
         assert torch.autograd.gradcheck(composed, layer.weight_v.detach().requires_grad_())
 

@@ -124,7 +124,7 @@ class Reparameterized(CachesWeights, WideModule):
             [*tensors.values()],
             (name, self.scale_outside),
             dtype,
-            lambda dtype: self.form.weight(tensors, held, dtype, self.scale_outside),
+            lambda dtype: self.form.weight(tensors, held.spec, dtype, self.scale_outside),
         )
 
     def composed_bias(self, name: str = "weight") -> Tensor | None:
@@ -208,12 +208,6 @@ class Reparameterized(CachesWeights, WideModule):
             values = self.form.decompose(weight, bias, held.spec, held.bias_role)
             for role, parameter in self.tensors(name).items():
                 parameter.copy_(values[role])
-        self.settle()
-
-    def settle(self) -> None:
-        """Look at the values, which decide how they are composed: to be called after writing to parameters in place."""
-        for name, held in self.held.items():
-            held.ordinary = self.form.ordinary(self.tensors(name))
 
     def reset_parameters(self) -> None:
         """As the plain class does."""
@@ -249,10 +243,4 @@ class Reparameterized(CachesWeights, WideModule):
         for name, held in self.held.items():
             device = next(iter(self.tensors(name).values())).device
             held.dtype = fn(torch.empty(0, dtype=held.dtype, device=device)).dtype
-        layer = super()._apply(fn, recurse)
-        self.settle()
-        return layer
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self.settle()
+        return super()._apply(fn, recurse)

@@ -158,7 +158,6 @@ def _build(
     for name in layer.plain_names:
         if name not in taken and name not in layer._parameters:
             layer._parameters[name] = _copy(module._parameters[name])
-    layer.settle()
     return layer
 
 

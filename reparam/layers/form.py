@@ -24,7 +24,6 @@ class Held:
         bias_name: the attribute under which plain code reads the bias.
         bias_role: "bias" or "lambda_", None for a weight without.
         roles: of the tensors it is held in, the bias's among them.
-        ordinary: see :meth:`Form.ordinary`, asked when values were last made, loaded or cast.
     """
 
     spec: WeightSpec
@@ -32,7 +31,6 @@ class Held:
     bias_name: str
     bias_role: str | None
     roles: tuple[str, ...]
-    ordinary: bool = False
 
 
 class Form(ABC):
@@ -69,12 +67,10 @@ class Form(ABC):
         """Plain weight and bias in float64 (the bias as stored where it is stored plain)."""
         return PARAMETERIZATIONS[self.name].compose(tensors, spec)
 
-    def ordinary(self, tensors: Mapping[str, Tensor]) -> bool:
-        """Whether these values are ones that a faster way to compose them can take. Waits for the device."""
-        return False
-
     @abstractmethod
-    def weight(self, tensors: Mapping[str, Tensor], held: Held, dtype: torch.dtype, outside: bool) -> Tensor:
+    def weight(
+        self, tensors: Mapping[str, Tensor], spec: WeightSpec, dtype: torch.dtype, outside: bool
+    ) -> Tensor:
         """The weight, differentiable in its tensors; of unit rows if the scale stands ``outside``."""
 
     def bias(self, tensors: Mapping[str, Tensor], dtype: torch.dtype, outside: bool) -> Tensor | None:

@@ -10,7 +10,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from reparam.dtypes import torch_dtype
 from reparam.kernels.operator import compose_rows
-from reparam.layers.form import Form, Held
+from reparam.layers.form import Form
 from reparam.parameterizations import WeightSpec
 
 
@@ -37,8 +37,10 @@ class GeometricForm(Form):
     def place(self, weight: str, role: str) -> tuple[str | None, str]:
         return (None, role) if weight == "weight" else (weight, role)
 
-    def weight(self, tensors: Mapping[str, Tensor], held: Held, dtype: torch.dtype, outside: bool) -> Tensor:
-        radius, spec = None if outside else tensors["r"], held.spec
+    def weight(
+        self, tensors: Mapping[str, Tensor], spec: WeightSpec, dtype: torch.dtype, outside: bool
+    ) -> Tensor:
+        radius = None if outside else tensors["r"]
         rows = compose_rows(radius, tensors["theta"], spec.fan_in, torch_dtype(spec.stored), dtype)
         return spec.unit.from_rows(rows, spec.shape)
 

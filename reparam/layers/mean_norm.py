@@ -130,7 +130,7 @@ def evaluation_bias(layer: Reparameterized, name: str, bias: Tensor) -> Tensor:
     if layer.mean.kind == "mbn":
         return (bias - running_mean(layer)).to(bias.dtype)
     held = layer.held[name]
-    weight = layer.form.weight(layer.tensors(name), held, held.dtype, layer.scale_outside)
+    weight = layer.form.weight(layer.tensors(name), held.spec, held.dtype, layer.scale_outside)
     return (bias - _projected(layer, weight, running_mean(layer))).to(bias.dtype)
 
 
@@ -164,7 +164,7 @@ def set_mean(layer: Reparameterized, mean: Tensor) -> None:
         bias, of_units = tensors[held.bias_role], held.bias_role == "lambda_"
         if layer.mean.kind == "mn":
             # λ is the bias of unit rows.
-            weight = layer.form.weight(tensors, held, torch.float64, of_units or layer.scale_outside)
+            weight = layer.form.weight(tensors, held.spec, torch.float64, of_units or layer.scale_outside)
             step = _projected(layer, weight, change)
         elif of_units and not layer.scale_outside:
             step = torch.where(change == 0, 0.0, change / tensors["r"].double())

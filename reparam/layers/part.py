@@ -37,7 +37,7 @@ class GeometricPart(CachesWeights, GeometricMixin):
             [*tensors.values()],
             None,
             self.held.dtype,
-            lambda dtype: GeometricForm().weight(tensors, self.held, dtype, False),
+            lambda dtype: GeometricForm().weight(tensors, self.held.spec, dtype, False),
         )
 
     @property

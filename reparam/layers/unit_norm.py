@@ -9,7 +9,7 @@ from torch import Tensor
 
 from reparam.dtypes import torch_dtype
 from reparam.kernels.hyperspherical import power_below, row_norms
-from reparam.layers.form import Form, Held
+from reparam.layers.form import Form
 from reparam.parameterizations import WeightSpec
 from reparam.parameterizations.unit_norm import EPSILON
 
@@ -36,9 +36,10 @@ class UnitNormForm(Form):
             tensors["bias"] = (bias.double() / scale).to(torch_dtype(spec.bias_dtype))
         return tensors
 
-    def weight(self, tensors: Mapping[str, Tensor], held: Held, dtype: torch.dtype, outside: bool) -> Tensor:
+    def weight(
+        self, tensors: Mapping[str, Tensor], spec: WeightSpec, dtype: torch.dtype, outside: bool
+    ) -> Tensor:
         assert not outside
-        spec = held.spec
         v = tensors["weight_v"].to(torch.promote_types(dtype, torch.float32))
         rows = spec.unit.to_rows(v)
         if rows.numel():  # divided by powers of two, squares neither over- nor underflow

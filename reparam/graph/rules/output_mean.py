@@ -191,7 +191,7 @@ def _take_up(taker: nn.Module, mean: Tensor) -> None:
         # λ is the bias of unit rows.
         of_rows = held.bias_role == "lambda_" or taker.scale_outside
         tensors = taker.tensors()
-        weight, bias = taker.form.weight(tensors, held, torch.float64, of_rows), tensors[held.bias_role]
+        weight, bias = taker.form.weight(tensors, held.spec, torch.float64, of_rows), tensors[held.bias_role]
     else:
         plain = taker._parameters["weight"]
         assert plain is not None
