@@ -75,17 +75,18 @@ def test_derivatives_of_first_and_second_order(v_shape: tuple[int, ...], g_shape
     assert torch.autograd.gradgradcheck(weight, (g, v))
 
 
+@pytest.mark.parametrize("at", [0, -1])  # contiguous tensors, and others
 @cases
-def test_vmap(v_shape: tuple[int, ...], g_shape: tuple[int, ...]) -> None:
+def test_vmap(v_shape: tuple[int, ...], g_shape: tuple[int, ...], at: int) -> None:
     g, v, axes = tensors(v_shape, g_shape, torch.float64)
-    many = torch.stack([v, 2 * v + 1, -v], dim=-1).detach()
+    many = torch.stack([v, 2 * v + 1, -v], dim=at).detach()
 
     def loss(g: Tensor, v: Tensor) -> Tensor:
         return compose(g, v, axes).pow(3).sum()
 
-    mapped = torch.vmap(lambda g, v: compose(g, v, axes), in_dims=(None, -1))(g, many)
-    gradients = torch.vmap(torch.func.grad(loss, argnums=(0, 1)), in_dims=(None, -1))(g.detach(), many)
-    for i, one in enumerate(many.unbind(-1)):
+    mapped = torch.vmap(lambda g, v: compose(g, v, axes), in_dims=(None, at))(g, many)
+    gradients = torch.vmap(torch.func.grad(loss, argnums=(0, 1)), in_dims=(None, at))(g.detach(), many)
+    for i, one in enumerate(many.unbind(at)):
         torch.testing.assert_close(mapped[i], composed(g, one, axes), rtol=1e-14, atol=1e-14)
         expected = torch.func.grad(lambda g, v: composed(g, v, axes).pow(3).sum(), (0, 1))(g.detach(), one)
         for found, right in zip(gradients, expected, strict=True):

@@ -18,7 +18,7 @@ from reparam.kernels.weight_norm import compose, fused_axis
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-# Of v and g; the last two are as far apart as their product leaves float32.
+# Of v and g.
 ROWS = {
     "ordinary": (1.0, 1.0),
     "zeros": (0.0, 2.0),
@@ -28,8 +28,9 @@ ROWS = {
     "large": (1e12, 1e12),
     "squares overflow": (1e25, 1e25),
     "near the largest": (1e37, 1e37),
+    "squares alone overflow": (1e25, 1.0),
     "no scale": (1e-30, 0.0),
-    "large scale": (100.0, 1e36),
+    "product overflows": (1e8, 1e37),
     "ordinary again": (0.5, -1.0),
 }
 VALUE, GRADIENT = 3e-7, 1e-6  # of a row's norm, or of what the gradient is the sum of
@@ -104,3 +105,24 @@ def test_nan_stays_in_its_row(device: str) -> None:
     for found in (weight, *gradients):
         assert found.isnan().any(1).tolist() == [False, True, False]
     assert compose(torch.ones(0, 1, device=device), torch.ones(0, 4, device=device), (1,)).shape == (0, 4)
+
+
+def test_of_the_last_axis() -> None:
+    """The same rows as columns, which torch's kernel takes on a CPU and Triton's programs leave to torch's operations."""
+    g, v = rows((6,))
+    assert fused_axis(g.T, v.T.contiguous(), (0,)) == (None if INTERPRETED else 1)
+    toward = gaussian(*v.shape, seed=1)
+    found = []
+    for turned in (False, True):
+        leaves = [(x.T.contiguous() if turned else x.clone()).requires_grad_() for x in (g, v)]
+        weight = compose(*leaves, (0,) if turned else (1,))
+        gradients = torch.autograd.grad(weight, leaves, toward.T if turned else toward)
+        found.append([x.detach().T if turned else x.detach() for x in (weight, *gradients)])
+    for one, other, size in zip(*found, (g.abs(), toward.norm(dim=1, keepdim=True), None), strict=True):
+        size = other.double().norm(dim=1, keepdim=True) if size is None else size
+        assert bool(((one - other).double().norm(dim=1, keepdim=True) <= GRADIENT * size).all())
+
+
+def test_float64_is_not_for_triton() -> None:
+    g, v = rows((6,))
+    assert fused_axis(g.double(), v.double(), (1,)) == (None if INTERPRETED else 0)

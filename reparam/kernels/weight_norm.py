@@ -19,7 +19,8 @@ from torch.autograd import forward_ad
 from reparam.kernels import backend
 from reparam.kernels.hyperspherical import power_below
 
-#: Norms within keep clear of where float32 loses their squares and cubes, 10^±12; and g of where g·v would leave it.
+#: Norms within keep clear of where float32 loses their squares and cubes, 10^±12; and g of where CUDA's g·v, which it
+#: multiplies first, would leave it.
 SMALLEST, LARGEST, LARGEST_SCALE = 2.0**-30, 2.0**30, 2.0**60
 
 
