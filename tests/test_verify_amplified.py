@@ -15,7 +15,7 @@ from torch import Tensor
 
 from reparam.graph import InputSpec
 from reparam.verification import Report, Tolerance, compare_onnx, own_error
-from reparam.verification.own_error import DRAWS, _moved
+from reparam.verification.own_error import DRAWS
 from reparam.verification.pools import Pool
 from reparam.verification.samples import Sample
 
@@ -88,7 +88,7 @@ def test_a_right_file_is_not_refused_by_chance(
 
 
 def test_of_forty_inputs_none_refuses_a_right_file(tmp_path: Path) -> None:
-    """By one run of each, three do; of a thousand 13 % by one run, 0.5 % by nine."""
+    """Of four hundred by one run of each 48 do, by seventeen one."""
     path = in_another_order(tmp_path / "m.onnx")
     reports = [compare_onnx(Net(amplified), path, ONE, seed) for seed in range(40)]
     assert all(report.passed for report in reports)
@@ -103,13 +103,14 @@ def test_a_wrong_file_is_refused_all_the_same(seed: int, tmp_path: Path) -> None
 
 
 def test_the_original_runs_more_often_only_where_the_file_fails(tmp_path: Path) -> None:
-    """In float64 never more often; and not where the user says what is near enough."""
+    """On the same inputs in float64; and not where the user says what is near enough."""
     path = in_another_order(tmp_path / "m.onnx")
     for seed, runs in ((SOUND, LOUDNESSES), (UNLUCKY[0], LOUDNESSES * (1 + DRAWS))):
         model, given = noted(amplified)
         assert compare_onnx(model, path, ONE, seed).passed
-        assert runs_in(torch.float32, given) == runs
-        assert runs_in(torch.float64, given) == LOUDNESSES
+        rounded, exact = ([x for x in given if x.dtype == kind] for kind in (torch.float32, torch.float64))
+        assert len(rounded) == len(exact) == runs
+        assert all(torch.equal(x.double(), y) for x, y in zip(rounded, exact, strict=True))
     model, given = noted(amplified)
     assert not compare_onnx(model, path, ONE, UNLUCKY[0], tolerance=Tolerance()).passed
     assert runs_in(torch.float32, given) == LOUDNESSES
@@ -169,11 +170,12 @@ def test_integers_alone_are_judged_once(tmp_path: Path) -> None:
     assert len(given) == 4  # twice to see what they are looked up in, then once at either precision
 
 
-def test_runs_that_fail_or_overflow_do_not_count(tmp_path: Path) -> None:
-    """At float32 every second further run is NaN, every fourth raises."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_runs_that_fail_or_overflow_do_not_count(dtype: torch.dtype, tmp_path: Path) -> None:
+    """At this type every second further run is NaN, every fourth raises."""
 
     def function(x: Tensor, weight: Tensor) -> Tensor:
-        count = runs_in(torch.float32, given) if x.dtype == torch.float32 else 1
+        count = runs_in(dtype, given) if x.dtype == dtype else 1
         if count % 4 == 0:
             raise AssertionError("out of its domain")
         return linear(x, weight) * (torch.nan if count % 2 == 0 else 1)
@@ -216,35 +218,3 @@ def test_largest_and_rms_are_over_all_runs() -> None:
     assert (largest.max_rel, rms.max_rel) == (5 / 8, pytest.approx(5 / 8, rel=1e-12))
     assert largest.runs == rms.runs == 9
     assert not pool.doubted
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
-def test_inputs_move_to_a_neighbour_or_stay(dtype: torch.dtype) -> None:
-    """By half an ulp of 1, relative: less than a step of their type before they are rounded to it."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.cat([torch.randn(2000, generator=generator), torch.tensor([0.0, -0.0, 1, -3, 1e5])]).to(dtype)
-    moved = _moved(x, torch.finfo(dtype).eps / 2, generator)
-    assert moved.dtype == dtype
-    steps = (moved.double() - x.double()) / (x.double() * torch.finfo(dtype).eps)
-    assert torch.equal(moved[2000:], x[2000:])
-    assert bool((steps[:2000].abs() <= 1).all())
-    assert 0.2 < float((moved != x).double().mean()) < 0.5
-    assert 0.4 < float((steps[:2000] > 0).sum() / (steps[:2000] != 0).sum()) < 0.6
-    assert _moved(torch.arange(3), 0.5, generator).tolist() == [0, 1, 2]
-
-
-@pytest.mark.parametrize(
-    ("dtype", "kind"), [(torch.float16, TensorProto.FLOAT16), (torch.bfloat16, TensorProto.BFLOAT16)]
-)
-def test_inputs_move_by_the_deployed_type(dtype: torch.dtype, kind: int, tmp_path: Path) -> None:
-    """The inputs themselves are of that type, and so is what the original is given."""
-    narrow = np.eye(4, dtype=helper.tensor_dtype_to_np_dtype(kind)) * 2
-    nodes = [helper.make_node("MatMul", ["x", "narrow"], ["y"])]
-    path = graph(nodes, tmp_path / "m.onnx", [("y", kind)], [("x", kind, ["N", 4])], {"narrow": narrow})
-    model, given = noted(lambda x, w: x @ torch.eye(4).to(x.dtype))
-    assert not on(model, path, POSITIVE).passed
-    first, *more = (x for x in given if x.dtype == dtype)
-    assert len(more) == DRAWS
-    moved = torch.stack([x.double() - first.double() for x in more]).abs() / first.double()
-    step = torch.finfo(dtype).eps
-    assert step / 2 <= float(moved.max()) <= step

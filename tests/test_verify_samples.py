@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 from deployment_cases import ROWS, Net, graph, linear, names, to
-from onnx import helper
+from onnx import TensorProto, helper
 from torch import Tensor, nn
 
 from reparam.errors import DataError
-from reparam.graph import parse_spec
+from reparam.graph import InputSpec, parse_spec
 from reparam.verification import compare_onnx, load_data
+from reparam.verification.own_error import DRAWS, _moved
 from reparam.verification.samples import Sample, samples
 
 
@@ -136,3 +137,44 @@ def test_data_without_the_input_is_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "d.npz", a=np.zeros(3), b=np.zeros(3))
     with pytest.raises(DataError, match="no input `x`"):
         load_data(tmp_path / "d.npz", ROWS)
+
+
+# Next to them the original's own error is measured once more.
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_inputs_move_to_a_neighbour_or_stay(dtype: torch.dtype) -> None:
+    """By half an ulp of 1, relative: less than a step of their type before they are rounded to it."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.cat([torch.randn(2000, generator=generator), torch.tensor([0.0, -0.0, 1, -3, 1e5])]).to(dtype)
+    moved = _moved(x, torch.finfo(dtype).eps / 2, generator)
+    assert moved.dtype == dtype
+    steps = (moved.double() - x.double()) / (x.double() * torch.finfo(dtype).eps)
+    assert torch.equal(moved[2000:], x[2000:])
+    assert bool((steps[:2000].abs() <= 1).all())
+    assert 0.2 < float((moved != x).double().mean()) < 0.5
+    assert 0.4 < float((steps[:2000] > 0).sum() / (steps[:2000] != 0).sum()) < 0.6
+    assert _moved(torch.arange(3), 0.5, generator).tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kind"), [(torch.float16, TensorProto.FLOAT16), (torch.bfloat16, TensorProto.BFLOAT16)]
+)
+def test_inputs_move_by_the_deployed_type(dtype: torch.dtype, kind: int, tmp_path: Path) -> None:
+    """The inputs themselves are of that type, and so is what the original is given."""
+    given: list[Tensor] = []
+
+    def same(x: Tensor, weight: Tensor) -> Tensor:
+        given.append(x)
+        return x @ torch.eye(4).to(x.dtype)
+
+    narrow = np.eye(4, dtype=helper.tensor_dtype_to_np_dtype(kind)) * 2
+    nodes = [helper.make_node("MatMul", ["x", "narrow"], ["y"])]
+    path = graph(nodes, tmp_path / "m.onnx", [("y", kind)], [("x", kind, ["N", 4])], {"narrow": narrow})
+    positive = Sample("data", (torch.rand(9, 4, generator=torch.Generator().manual_seed(0)),), {})
+    assert not compare_onnx(Net(same), path, [InputSpec("x", (9, 4))], inputs=[positive]).passed
+    first, *more = (x for x in given if x.dtype == dtype)
+    assert len(more) == DRAWS
+    moved = torch.stack([x.double() - first.double() for x in more]).abs() / first.double()
+    step = torch.finfo(dtype).eps
+    assert step / 2 <= float(moved.max()) <= step

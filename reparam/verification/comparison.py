@@ -1,7 +1,8 @@
 """One file on one provider against the original: errors of every output, by the rule that its own errors give.
 
 The original's own rounding error at the deployed dtype, on the same inputs, says how far the file may be off
-(:mod:`~reparam.verification.pools`); its logits are held to it too where it gives probabilities. What no rounding
+(:mod:`~reparam.verification.pools`), and where the file is further off, that error at inputs next to them
+(:mod:`~reparam.verification.own_error`); its logits are held to it too where it gives probabilities. What no rounding
 explains is a failure of its own: NaN and Inf, another shape, type, name or number of outputs, an axis that is fixed.
 """
 

@@ -8,8 +8,9 @@ share of the scale of y among the inputs of one group, so that loud inputs do no
 or, where the user says what is near enough, |d − y| ≤ atol + rtol·|y|.
 
 f and d are of one run on each input. Where an output fails the rule so, the original's error of one run may have been small
-by chance: f is run more often (:mod:`~reparam.verification.own_error`), its largest error and its rms are taken over all
-its runs, and the rule is applied to that once more, for good. The file's errors stay those of one run.
+by chance: f − y is taken at inputs next to the given ones too (:mod:`~reparam.verification.own_error`), its largest and its
+rms over all of them, as shares of the scale that y has there, and the rule is applied to that once more, for good. The
+file's errors stay those of one run.
 """
 
 from __future__ import annotations
@@ -46,21 +47,29 @@ class _Errors:
 
     Attributes:
         largest: of them all.
+        scale: the largest of y beside them.
         power: sum of their squares.
-        exact: sum of the squares of y beside them, added with every run.
+        exact: the same of y.
         runs: how many.
     """
 
     largest: float = 0.0
+    scale: float = 0.0
     power: float = 0.0
     exact: float = 0.0
     runs: int = 0
 
-    def add(self, error: Tensor, exact: float) -> None:
+    def add(self, error: Tensor, y: Tensor) -> None:
         self.largest = max(self.largest, float(error.max()))
+        self.scale = max(self.scale, float(y.abs().max()))
         self.power += float(error.square().sum())
-        self.exact += exact
+        self.exact += float(y.square().sum())
         self.runs += 1
+
+    @property
+    def largest_share(self) -> float:
+        """The largest error as a share of the scale of y."""
+        return self.largest / max(self.scale, _TINY)
 
     @property
     def mean_square(self) -> float:
@@ -70,9 +79,8 @@ class _Errors:
 
 @dataclass
 class _Group:
-    """``own`` is f − y, ``file`` is d − y and largest ``where``; ``scale`` is the largest of y."""
+    """``own`` is f − y, ``file`` is d − y and largest ``where``."""
 
-    scale: float = 0.0
     own: _Errors = field(default_factory=_Errors)
     file: _Errors = field(default_factory=_Errors)
     where: str = ""
@@ -110,21 +118,20 @@ class Pool:
         if not y.numel():
             return
         errors = self.groups.setdefault(group, _Group())
-        own, file, power = (f.double() - y).abs(), (got.double() - y).abs(), float(y.square().sum())
-        errors.scale = max(errors.scale, float(y.abs().max()))
+        own, file = (f.double() - y).abs(), (got.double() - y).abs()
         if self.tolerance is not None:
             allowed = self.tolerance.atol + self.tolerance.rtol * y.abs()
             self.excess = max(self.excess, float((file - allowed).max()))
         if float(file.max()) >= errors.file.largest:
             index = [int(i) for i in np.unravel_index(int(file.argmax()), tuple(file.shape))]
             errors.where = f"output {self.name}{index}, {where}"
-        errors.own.add(own, power)
-        errors.file.add(file, power)
+        errors.own.add(own, y)
+        errors.file.add(file, y)
 
     def add_own(self, group: str, y: Tensor, f: Tensor) -> None:
-        """Add one more run of the original on an input that was added, if it is finite."""
-        if y.numel() and f.shape == y.shape and bool(torch.isfinite(f).all()):
-            self.groups[group].own.add((f.double() - y).abs(), float(y.square().sum()))
+        """Add the original at an input next to one that was added, where both are finite: tensors of one shape."""
+        if y.numel() and f.shape == y.shape and bool(torch.isfinite(y).all() and torch.isfinite(f).all()):
+            self.groups[group].own.add((f.double() - y).abs(), y)
 
     @property
     def doubted(self) -> bool:
@@ -142,9 +149,9 @@ class Pool:
             told = f"output {self.name} was always empty, or the original overflowed: nothing was compared"
             return (Check("compared", False, where=told),)
         groups = list(self.groups.values())
-        worst = max(groups, key=lambda g: g.file.largest / max(g.scale, _TINY))
+        worst = max(groups, key=lambda g: g.file.largest_share)
         largest = max(g.file.largest for g in groups)
-        file_max = max(g.file.largest / max(g.scale, _TINY) for g in groups)
+        file_max = worst.file.largest_share
         if self.tolerance is not None:
             told = f"{worst.where}, rtol {self.tolerance.rtol:g}, atol {self.tolerance.atol:g}"
             return (Check("within rtol and atol", self.excess <= 0, largest, file_max, where=told),)
@@ -153,7 +160,7 @@ class Pool:
         return (
             _judge(
                 "largest error", MAX_FACTOR, largest, worst.where, file_max,
-                max(g.own.largest / max(g.scale, _TINY) for g in groups), more,
+                max(g.own.largest_share for g in groups), more,
             ),
             _judge(
                 "rms error", RMS_FACTOR, largest, f"output {self.name}",
