@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from reparam.kernels import forward_mode
 from reparam.kernels.backend import choose
 
 
 def compose_rows(
     radius: Tensor | None, theta: Tensor, n: int, stored: torch.dtype, dtype: torch.dtype
 ) -> Tensor:
-    """Rows r·u(theta), differentiable once in r and theta.
+    """Rows r·u(theta), differentiable in r and theta once, in forward mode as often as one likes.
 
     Args:
         radius: shape (rows,), float32 or float64; unit rows without it.
@@ -38,6 +39,8 @@ def compose_rows(
             raise ValueError(
                 f"{name} is {tensor.dtype}: angles and radii need float32 or float64; keep them out of mixed precision"
             )
+    if forward_mode.is_active():
+        return forward_mode.decode(theta, n, stored, radius, dtype)
     rows: Tensor = rows_operator(radius, theta, n, stored, dtype)
     return rows
 

@@ -14,9 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
-from reparam.kernels import backend
+from reparam.kernels import backend, forward_mode
 from reparam.kernels.hyperspherical import power_below
 
 #: Norms within keep clear of where float32 loses their squares and cubes, 10^±12; and g of where CUDA's g·v, which it
@@ -53,7 +52,7 @@ def fused_axis(g: Tensor, v: Tensor, axes: tuple[int, ...]) -> int | None:
         return None
     plain = all(type(x) in (Tensor, nn.Parameter) for x in (g, v)) and v.is_contiguous() and v.numel() > 0
     tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-    if not plain or tracing or forward_ad._current_level >= 0:
+    if not plain or tracing or forward_mode.is_active():
         return None
     if _on_triton(v):
         fits = v.dtype == torch.float32 and kept[0] == 0

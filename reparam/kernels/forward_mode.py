@@ -1,0 +1,40 @@
+"""The map by torch's operations, for forward-mode differentiation.
+
+Through an operator of one's own torch passes no tangents, and does not say so: every derivative would be zero. These
+operations have them, of any level, at the price of memory for each.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from reparam.kernels.hyperspherical import right_angle
+
+
+def is_active() -> bool:
+    """Whether tangents may be about: within ``forward_ad.dual_level``, ``torch.func.jvp``, ``jacfwd`` or ``hessian``."""
+    return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
+
+
+def decode(
+    theta_RT: Tensor, n: int, stored: torch.dtype, radius_R: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """See :func:`reparam.kernels.hyperspherical.decode`."""
+    angle = theta_RT.double()
+    sine, cosine = angle.sin(), angle.cos()
+    # Exact zeros, which move with their angles as any other cosine and sine.
+    right = right_angle(stored)
+    cosine = cosine - (cosine * (angle.abs() == right)).detach()
+    straight = torch.zeros_like(angle, dtype=torch.bool)
+    straight[:, -1] = angle[:, -1].abs() == 2 * right
+    sine = sine - (sine * straight).detach()
+    if n == 1:
+        unit = sine.detach()  # the direction of a row of one is not trained
+    else:
+        through = cosine.cumprod(1)
+        ones = torch.ones_like(through[:, :1])
+        unit = torch.cat([ones, through], 1) * torch.cat([sine, ones], 1)
+    rows = unit if radius_R is None else radius_R.double()[:, None] * unit
+    return rows.to(dtype) if dtype == torch.float64 else rows.float().to(dtype)
