@@ -1,9 +1,6 @@
 """Whether a converted network computes what the original computes: its outputs, which know nothing of rules and graphs.
 
-    |converted(x) − original(x)|  ≤  16 · |perturbed(x) − original(x)|          all in float64
-
-``perturbed`` is the original with every parameter off by a rounding of its own dtype, seeded: what any other way to hold
-them may cost. A factor at the wrong layer, a bias lost, a sign on the wrong side of a max-pool costs far more.
+Both run in float64, and each output is held to what :mod:`reparam.verification.rounding` explains of it.
 """
 
 from __future__ import annotations
@@ -16,11 +13,6 @@ from reparam.errors import CheckFailedError, ReparamError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-
-#: times what a rounding of every parameter changes
-_MARGIN = 16.0
-#: of the output's scale: float64's own, over a whole network
-_FLOOR = 1e-12
 
 
 @dataclass(frozen=True)
@@ -72,19 +64,19 @@ def compare_outputs(
     Raises:
         CheckFailedError: outputs differ in number or shape, by more than rounding explains, or one is finite alone.
     """
-
     from reparam.verification.exact import in_float64
+    from reparam.verification.rounding import explained, perturbed
 
     # One wide copy at a time: a network may be large.
     want = _outputs(in_float64(original), inputs)
     got = _outputs(in_float64(converted), inputs)
-    near = _outputs(_perturbed(original), inputs)
+    near = _outputs(perturbed(original), inputs)
     if [t.shape for t in want] != [t.shape for t in got]:
         raise CheckFailedError(_told("gives other outputs or shapes"))
     # An output's noise says nothing of another's: each is judged by its own, over all inputs.
     count = len(want) // len(inputs)
     pairs = [_apart(want[i::count], got[i::count], near[i::count]) for i in range(count)]
-    judged = [(error, max(_MARGIN * noise, _FLOOR)) for pair in pairs if pair for error, noise in [pair]]
+    judged = [(error, explained(noise)) for pair in pairs if pair for error, noise in [pair]]
     if not judged:
         return None
     error, tolerance = max(judged, key=lambda pair: pair[0] / pair[1])
@@ -124,18 +116,3 @@ def _outputs(model: nn.Module, inputs: Sequence[tuple[Tensor, ...]]) -> list[Ten
 
 def _told(what: str) -> str:
     return f"the converted network {what}; nothing was written: please report this"
-
-
-def _perturbed(original: nn.Module) -> nn.Module:
-    import torch
-
-    from reparam.verification.exact import in_float64
-
-    model, generator = in_float64(original), torch.Generator().manual_seed(0)
-    dtypes = {name: p.dtype for name, p in original.named_parameters()}
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.is_floating_point():
-                signs = torch.randint(0, 2, parameter.shape, generator=generator).to(parameter) * 2 - 1
-                parameter.mul_(1 + torch.finfo(dtypes[name]).eps / 2 * signs)
-    return model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,7 +38,7 @@ def verify(
     |---|---|---|
     | checkpoint and ``arch``, or module | ONNX file | three proofs: weights, algebra, deployment |
     | checkpoint | checkpoint | tensors, across parameterizations; no network is needed |
-    | checkpoint | checkpoint, with ``arch`` and ``specs`` | outputs in float64 |
+    | checkpoint | checkpoint, with ``arch`` and ``specs`` | outputs in float64, to what rounding of their values explains |
     | module | module | outputs in float64 |
 
     Args:
@@ -64,6 +65,8 @@ def verify(
     from reparam.verification import Tolerance, load_data, verify_checkpoints, verify_models, verify_onnx
 
     reference, candidate = _path(reference), _path(candidate)
+    if axes and not (arch is None and isinstance(candidate, Path) and candidate.suffix != ".onnx"):
+        raise ReparamError("--axis: for tensors alone; the network tells which axis its units are on")
     given = [parse_spec(spec) if isinstance(spec, str) else spec for spec in specs]
     of_run = next((path for path in (reference, candidate) if isinstance(path, Path) and run_of(path)), None)
     if of_run is not None:
@@ -84,15 +87,20 @@ def verify(
                             "the network with --arch, and --input"
                         )
             return verify_checkpoints(reference, candidate, axes)
-        candidate = load_network(candidate, arch, arch_args).model
+        candidate = load_network(candidate, arch, arch_args, as_held=True).model
     if not given and of_run is not None:
         given = [parse_spec(text) for text in input_of(of_run)]
     if not given:
         raise ReparamError("--input is missing: what the network takes, such as --input N,3,224,224")
-    model = load_network(reference, arch, arch_args).model if isinstance(reference, Path) else reference
+    pair = isinstance(reference, Path) and not isinstance(candidate, Path)
+    model = (
+        reference
+        if not isinstance(reference, Path)
+        else load_network(reference, arch, arch_args, as_held=pair).model
+    )
     real = load_data(Path(data), given) if data is not None else []
     if not isinstance(candidate, Path):
-        report = verify_models(model, candidate, given, seed, data=real)
+        report = verify_models(model, candidate, given, seed, data=real, rounded=pair)
     elif not candidate.exists():
         raise ReparamError(f"{candidate}: no such file")
     else:
@@ -100,9 +108,29 @@ def verify(
         report = verify_onnx(
             model, None, candidate, given, data=real, seed=seed, tolerance=asked, tolerances=tolerances
         )
+        if report.by_rounding and isinstance(reference, Path):
+            report = replace(report, notes=(*report.notes, *_made_of_another(reference, candidate)))
     if not report.passed and not real:
         _require_taken(model, given)
     return report
+
+
+def _made_of_another(reference: Path, file: Path) -> tuple[str, ...]:
+    """A line, where an ONNX file says that it was exported from another checkpoint than this."""
+    from reparam.checkpoint import open_checkpoint
+    from reparam.onnxfile.metadata import PARAMETERIZATION, SOURCE, properties, provenance
+    from reparam.onnxfile.reading import read_graph
+
+    said = properties(read_graph(file))
+    if not {SOURCE, PARAMETERIZATION} <= said.keys():
+        return ()
+    if provenance(open_checkpoint(reference).files, ())[SOURCE] == said[SOURCE]:
+        return ()
+    kind = "+".join(kind for kind in said[PARAMETERIZATION].split("+") if kind != "sp") or "sp"
+    return (
+        f"weights differ by rounding alone: the file was exported from {'an' if kind == 'sp' else 'a'} {kind} "
+        "checkpoint; verify against that one",
+    )
 
 
 def _require_taken(model: nn.Module, specs: Sequence[InputSpec]) -> None:

@@ -26,21 +26,29 @@ from reparam.verification.exact import Float64, Run, run
 from reparam.verification.operators import Evaluator
 from reparam.verification.pools import MAX_FACTOR
 from reparam.verification.report import Check
+from reparam.verification.rounding import TOLERANCE, explained
 from reparam.verification.runtime import line
 from reparam.verification.samples import Sample
 from reparam.verification.widening import FLOATS
 
-#: of the output's scale
-TOLERANCE = 1e-12
 #: operators whose own definition has a 1/6 or its like in float32
 _THIRDS = ("HardSigmoid", "HardSwish", "Selu")
 #: where the graph holds constants that float32 cannot hold exactly
 CONSTANTS = 2.0**-22
 
 
-def compare_runs(wanted: Iterable[Run], got: Iterable[Run], inputs: Iterable[Sample], name: str) -> Check:
-    """Two modules in float64, a run of each an input: the check ``name``."""
-    return _errors(wanted, (other.outputs for other in got), inputs).check(name, TOLERANCE)
+def compare_runs(
+    wanted: Iterable[Run],
+    got: Iterable[Run],
+    inputs: Iterable[Sample],
+    name: str,
+    near: Iterable[Run] | None = None,
+) -> Check:
+    """Two modules in float64, a run of each an input: the check ``name``.
+
+    ``near`` are runs of the first one :func:`perturbed`: then each output is held to what rounding explains of it.
+    """
+    return _errors(wanted, (other.outputs for other in got), inputs, near).check(name, TOLERANCE)
 
 
 def check_graph(
@@ -96,28 +104,38 @@ def _rounded(source: Source) -> Source:
     return Source(source.keys, source.transform, settings)
 
 
-def _errors(wanted: Iterable[Run], got: Iterable[Sequence[Tensor]], inputs: Iterable[Sample]) -> _Error:
+def _errors(
+    wanted: Iterable[Run],
+    got: Iterable[Sequence[Tensor]],
+    inputs: Iterable[Sample],
+    near: Iterable[Run] | None = None,
+) -> _Error:
     error = _Error()
+    moved = None if near is None else iter(near)
     for one, other, sample in zip(wanted, got, inputs, strict=True):
-        error.fault = error.add(other, one, sample)
+        error.fault = error.add(other, one, sample, None if moved is None else next(moved))
         if error.fault is not None:
             break
     return error
 
 
 class _Error:
-    """The largest error, as a share of its output's scale.
+    """The largest errors of every output, as shares of its scale.
 
     Attributes:
         fault: what no tolerance excuses, None if nothing.
         decided: how many integers and truth values are as they should be.
+        worst: by output, its largest error as a share of its scale, the same in its own units, and where that is.
+        noise: by output, how much of its scale rounding moves it, where that was given.
     """
 
     def __init__(self) -> None:
-        self.largest, self.relative, self.where, self.decided = 0.0, 0.0, "", 0
         self.fault: str | None = None
+        self.decided = 0
+        self.worst: dict[int, tuple[float, float, str]] = {}
+        self.noise: dict[int, float] = {}
 
-    def add(self, got: Sequence[Tensor], want: Run, sample: Sample) -> str | None:
+    def add(self, got: Sequence[Tensor], want: Run, sample: Sample, near: Run | None) -> str | None:
         """What no tolerance excuses, None if nothing."""
         if len(got) != len(want.outputs):
             return f"{len(got)} outputs, should be {len(want.outputs)}"
@@ -128,7 +146,7 @@ class _Error:
             if b.is_complex() or not b.numel():
                 continue
             if not b.is_floating_point():
-                if not _as_decided(a, want, i):
+                if not _as_decided(a, want, i, near):
                     return f"{where}: {int((a != b).sum())} of {b.numel()} values differ"
                 self.decided += b.numel()
                 continue
@@ -136,42 +154,53 @@ class _Error:
                 return f"{where}: computed in {a.dtype}"
             if not bool(torch.isfinite(a).all()) or not bool(torch.isfinite(b).all()):
                 return f"{where}: NaN or Inf"
-            apart, scale = float((a - b).abs().max()), float(b.abs().max())
-            relative = apart / scale if scale else (0.0 if apart == 0 else float("inf"))
-            if relative >= self.relative:
-                self.largest, self.relative, self.where = apart, relative, where
+            apart, relative = _apart(a, b)
+            if i not in self.worst or relative >= self.worst[i][0]:
+                self.worst[i] = relative, apart, where
+            if near is not None and near.outputs[i].shape == b.shape:
+                moved = _apart(near.outputs[i], b)[1]
+                self.noise[i] = max(self.noise.get(i, 0.0), moved if np.isfinite(moved) else 0.0)
         return None
 
     def notes(self) -> tuple[str, ...]:
-        if self.fault is not None or self.where or not self.decided:
+        if self.fault is not None or self.worst or not self.decided:
             return ()
         return ("algebra: no output is a floating number: integers and truth values were compared alone",)
 
     def check(self, name: str, tolerance: float) -> Check:
         if self.fault is not None:
             return Check(name, False, where=self.fault, proof="algebra")
-        passed = bool(self.where or self.decided) and self.relative <= tolerance
-        compared = "integers and truth values alone" if self.decided else "nothing was compared"
-        relative = self.relative if np.isfinite(self.relative) else None
+        if not self.worst:
+            compared = "integers and truth values alone" if self.decided else "nothing was compared"
+            return Check(
+                name, bool(self.decided), 0.0, 0.0, tolerance=tolerance, where=compared, proof="algebra"
+            )
+        bounds = {i: explained(self.noise.get(i, 0.0), tolerance) for i in self.worst}
+        i = max(self.worst, key=lambda i: self.worst[i][0] / bounds[i])
+        relative, largest, where = self.worst[i]
+        shown = relative if np.isfinite(relative) else None
+        if bounds[i] > tolerance:
+            where += "; the tolerance is what rounding of the weights explains"
         return Check(
-            name,
-            passed,
-            self.largest,
-            relative,
-            tolerance=tolerance,
-            where=self.where or compared,
-            proof="algebra",
+            name, relative <= bounds[i], largest, shown, tolerance=bounds[i], where=where, proof="algebra"
         )
 
 
-def _as_decided(got: Tensor, want: Run, index: int) -> bool:
+def _apart(a: Tensor, b: Tensor) -> tuple[float, float]:
+    """The largest difference, and it as a share of the largest of ``b``."""
+    apart, scale = float((a - b).abs().max()), float(b.abs().max())
+    return apart, apart / scale if scale else (0.0 if apart == 0 else float("inf"))
+
+
+def _as_decided(got: Tensor, want: Run, index: int, near: Run | None) -> bool:
     """Whether integers or truth values are equal, but where the numbers they were decided by are all but a tie."""
     wrong = got != want.outputs[index]
     decision = want.decision(index)
     if decision is None or not bool(wrong.any()):
         return not bool(wrong.any())
     margin = decision.margin(got.to(decision.result.dtype))[wrong]
-    return float(margin.max()) <= MAX_FACTOR * decision.error(decision)
+    moved = decision if near is None else near.decision(index)
+    return float(margin.max()) <= MAX_FACTOR * decision.error(moved)
 
 
 def _rounds(model: onnx.ModelProto) -> bool:

@@ -23,11 +23,12 @@ from torch import Tensor
 from reparam.checkpoint.cutting import Block
 from reparam.checkpoint.layers import Layer, find_layers
 from reparam.checkpoint.reading import Checkpoint, open_checkpoint
+from reparam.checkpoint.selection import Selection, without_effect
 from reparam.checkpoint.source import Source
 from reparam.dtypes import torch_dtype
 from reparam.graph.arch import wrapper_prefix
 from reparam.parameterizations import parameterization
-from reparam.verification.report import Check, Report
+from reparam.verification.report import ROWS, Check, Report
 from reparam.verification.weights import same_bits
 
 _BLOCK = 1 << 18
@@ -51,6 +52,7 @@ def verify_checkpoints(reference: Path, candidate: Path, axes: Mapping[str, int]
 
     Raises:
         CheckpointError: one cannot be read.
+        SelectionError: a glob of ``axes`` matches no layer.
     """
     opened = open_checkpoint(reference), open_checkpoint(candidate)
     prefixes = (
@@ -63,10 +65,18 @@ def verify_checkpoints(reference: Path, candidate: Path, axes: Mapping[str, int]
         {key.removeprefix(own): axis for key, axis in axis_of.items() if key in checkpoint.records}
         for checkpoint, axis_of, own in zip(opened, known, prefixes, strict=True)
     ]
+    theirs = [
+        {prefix + key: axis for key, axis in other.items()}
+        for prefix, other in zip(prefixes, reversed(told), strict=True)
+    ]
     first, second = (
-        find_layers(checkpoint, {prefix + key: axis for key, axis in other.items()} | dict(axes or {}))
-        for checkpoint, prefix, other in zip(opened, prefixes, reversed(told), strict=True)
+        find_layers(c, other | dict(axes or {})) for c, other in zip(opened, theirs, strict=True)
     )
+    Selection().check((*first.layers, *second.layers), tuple(axes or ()))
+    idle = [
+        without_effect(axes or {}, contents.layers, find_layers(c, other).layers)
+        for contents, c, other in zip((first, second), opened, theirs, strict=True)
+    ]
     layers = (
         {layer.key.removeprefix(prefixes[0]): layer for layer in first.layers},
         {layer.key.removeprefix(prefixes[1]): layer for layer in second.layers},
@@ -81,6 +91,7 @@ def verify_checkpoints(reference: Path, candidate: Path, axes: Mapping[str, int]
         for prefix, path in zip(prefixes, (reference, candidate), strict=True)
         if prefix
     ]
+    notes += [line for pattern, line in idle[0].items() if pattern in idle[1]]
     return Report(tuple(checks), tuple(notes), first_wrong)
 
 
@@ -121,9 +132,7 @@ def _compare(opened: tuple[Checkpoint, Checkpoint], a: Layer, b: Layer) -> Check
     if worst_bias > bar:
         where += f", the bias is off by {worst_bias:.1e}"
     # Infinite has no place in JSON: more than all of it is as wrong.
-    return Check(
-        "rows", error <= bar, largest, min(error, 1e308), tolerance=bar, where=where, proof="weights"
-    )
+    return Check(ROWS, error <= bar, largest, min(error, 1e308), tolerance=bar, where=where, proof="weights")
 
 
 def _share(apart: Tensor, size: Tensor) -> float:

@@ -35,6 +35,8 @@ _COMPOSED: MutableMapping[Tensor, tuple[Any, Any, Any]] = WeakTensorKeyDictionar
 #: models that :func:`in_float64` made
 _EXACT: WeakSet[nn.Module] = WeakSet()
 _CONVOLUTION = torch.ops.aten.convolution.default
+#: arguments that say how numbers are held, no type to compute in: which angle is the right one, and whose bits to read
+_HELD = {"reparam::rows": "stored", "reparam::rows_gradient": "stored", "aten::view": "dtype"}
 #: a tensor as it is
 _SAME = ("_to_copy", "alias", "detach")
 
@@ -132,15 +134,19 @@ class Float64(Recorder):  # type: ignore[no-untyped-call]
     def run(self, func: Any, args: Any, kwargs: Any) -> Any:
         # The layers of this library name the type of the plain weight: nothing the model's author asked for.
         self._counts = func.namespace != "reparam"
-        writes = [a.alias_info is not None and a.alias_info.is_write for a in func._schema.arguments]
+        held = _HELD.get(func._schema.name)
+        kept = [
+            a.name == held or (a.alias_info is not None and a.alias_info.is_write)
+            for a in func._schema.arguments
+        ]
         args = [
-            value if written else tree_map(self._widen, value)
-            for value, written in zip(args, [*writes, *[False] * len(args)], strict=False)
+            value if keep else tree_map(self._widen, value)
+            for value, keep in zip(args, [*kept, *[False] * len(args)], strict=False)
         ]
         # Numbers that are left out for the operation's own ones are numbers of the code too.
         own = {a.name: a.default_value for a in func._schema.arguments[len(args) :]}
         kwargs = {k: v for k, v in own.items() if self.round_scalars and isinstance(v, float)} | kwargs
-        kwargs = {k: v if k == "out" else tree_map(self._widen, v) for k, v in kwargs.items()}
+        kwargs = {k: v if k in ("out", held) else tree_map(self._widen, v) for k, v in kwargs.items()}
         out = (_convolve if func is _CONVOLUTION else func)(*args, **kwargs)
         for value in out if isinstance(out, tuple | list) else (out,):
             if isinstance(value, Tensor) and value.dtype in _NARROW:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from reparam.errors import CheckFailedError
 
+#: the name of checks of which there is one a layer: those that passed are told together
+ROWS = "rows"
 #: the three proofs, in the order of a report; checks of two checkpoints belong to "weights"
 PROOFS = ("weights", "algebra", "deployment")
 
@@ -65,11 +68,13 @@ class Report:
         checks: what was checked.
         notes: what was not, or otherwise than asked: a line each.
         diverges: on failure, the state_dict key at which the file first departs from the original, if it was found.
+        by_rounding: whether weights of an ONNX file differ, and all that do by rounding alone.
     """
 
     checks: tuple[Check, ...]
     notes: tuple[str, ...] = ()
     diverges: str | None = None
+    by_rounding: bool = False
 
     @property
     def passed(self) -> bool:
@@ -91,7 +96,9 @@ class Report:
             if checks:
                 lines.append(f"{name}: {'passed' if all(c.passed for c in checks) else 'FAILED'}")
                 failed = [check for check in checks if not check.passed]
-                shown = [check for check in checks if check.passed or check in failed[:_SHOWN]]
+                layers = [check for check in checks if check.passed and check.name == ROWS]
+                lines += [f"  {line}" for line in _layers(layers)]
+                shown = [c for c in checks if c not in layers and (c.passed or c in failed[:_SHOWN])]
                 lines += [f"  {check}" for check in shown]
                 lines += [f"  … and {len(failed) - _SHOWN} more that failed"] * (len(failed) > _SHOWN)
             else:
@@ -115,6 +122,18 @@ class Report:
             "diverges": self.diverges,
             "notes": list(self.notes),
         }
+
+
+def _layers(checks: Sequence[Check]) -> Iterator[str]:
+    """A line for all layers that were held to the same tolerance and passed."""
+    for tolerance in sorted({check.tolerance or 0.0 for check in checks}):
+        held = [check for check in checks if (check.tolerance or 0.0) == tolerance]
+        worst = max(held, key=lambda check: check.max_rel or 0.0)
+        layers = f"{len(held)} layer{'s' * (len(held) > 1)}"
+        if not worst.max_rel:
+            yield f"ok   {layers} equal bit for bit"
+        else:
+            yield f"ok   {layers} equal within {tolerance:.1e} of their scale; worst {worst.max_rel:.1e}: {worst.where}"
 
 
 class VerificationError(CheckFailedError):

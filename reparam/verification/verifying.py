@@ -25,6 +25,7 @@ from reparam.verification.exact import Float64, in_float64, now_in_float64, refe
 from reparam.verification.locating import locate
 from reparam.verification.pools import Tolerance
 from reparam.verification.report import Check, Report
+from reparam.verification.rounding import perturbed
 from reparam.verification.runtime import deployed_dtype
 from reparam.verification.samples import Sample, samples
 from reparam.verification.weights import check_weights, used_keys
@@ -85,6 +86,7 @@ def verify_onnx(
         (*weights.checks, *algebra, *deployed.checks),
         (*weights.notes, *notes, *deployed.notes),
         weights.key,
+        by_rounding=weights.by_rounding,
     )
     if report.passed or report.diverges or not few:
         return report
@@ -97,6 +99,8 @@ def verify_models(
     specs: Sequence[InputSpec],
     seed: int = 0,
     data: Sequence[tuple[Tensor, ...]] = (),
+    *,
+    rounded: bool = False,
 ) -> Report:
     """Whether two modules compute the same in evaluation mode: both in float64, to 1e-12 of the outputs' scale.
 
@@ -105,6 +109,8 @@ def verify_models(
         specs: their inputs.
         seed: of the inputs.
         data: real inputs.
+        rounded: whether one was made of the other and its values rounded to their dtypes, as files hold them: then
+            each output is held to what :mod:`reparam.verification.rounding` explains of it.
     """
     exact, other = in_float64(reference), in_float64(candidate)
     found = list(samples(exact, specs, seed, data))
@@ -112,7 +118,11 @@ def verify_models(
     inputs = [sample for sample in found if isinstance(sample, Sample)]
     wanted = (sample.run_exactly(exact) for sample in inputs)
     got = (run(other, sample.inputs, Float64()) for sample in inputs)
-    return Report((compare_runs(wanted, got, inputs, "models"),), notes)
+    near = None
+    if rounded:
+        moved = perturbed(reference, candidate)
+        near = (run(moved, sample.inputs, Float64()) for sample in inputs)
+    return Report((compare_runs(wanted, got, inputs, "models", near),), notes)
 
 
 def _algebra(

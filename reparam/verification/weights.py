@@ -26,6 +26,7 @@ from reparam.onnxfile.weight_map import Source, WeightMap
 from reparam.verification.exact import Run
 from reparam.verification.reaching import constant_tensors, read_names
 from reparam.verification.report import Check
+from reparam.verification.rounding import by_rounding
 
 _LISTED = 8
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -39,11 +40,13 @@ class WeightProof:
         checks: one for all initializers if they are right, else one for each of the first few that are not.
         notes: what it cannot speak of.
         key: of the first wrong weight, in the order of the file.
+        by_rounding: whether there are wrong ones, and all are by rounding alone.
     """
 
     checks: tuple[Check, ...]
     notes: tuple[str, ...] = ()
     key: str | None = None
+    by_rounding: bool = False
 
 
 def check_weights(
@@ -65,7 +68,7 @@ def check_weights(
     """
     initializers = read_initializers(path, model)
     wrong: list[tuple[str, Check]] = []
-    compared = 0
+    compared = rounded = 0
     for name, source in weight_map.sources.items():
         key = source.keys[0]
         missing = [key for key in source.keys if key not in state]
@@ -80,6 +83,7 @@ def check_weights(
                 value = initializers[name]
                 wanted = transforms.apply(source, state, value.dtype)
                 found, largest = _difference(value, wanted, _rounding(source, value))
+                rounded += largest is not None and by_rounding(value.tensor(), wanted, source, state)
             except (ReparamError, RuntimeError, KeyError, ValueError, TypeError, IndexError) as error:
                 found, largest = f"initializer `{name}`: {' '.join(str(error).split())}", None
             compared += initializers[name].tensor().numel() if found is None else 0
@@ -93,7 +97,7 @@ def check_weights(
         checks = tuple(check for _, check in wrong[:_LISTED])
         if len(wrong) > _LISTED:
             checks += (Check("weights", False, where=f"{len(wrong)} in all", proof="weights"),)
-        return WeightProof(checks, notes, wrong[0][0])
+        return WeightProof(checks, notes, wrong[0][0], rounded == len(wrong))
     told = f"{len(weight_map.sources)} initializers, {compared:,} values, bit for bit"
     return WeightProof((Check("weights", compared > 0, 0.0, where=told, proof="weights"),), notes)
 
