@@ -37,7 +37,7 @@ def kernel(
         int | None, typer.Option("--max-weights", help="Leave out shapes of more weights than this.")
     ] = None,
     dtype: TypeOption = "float32",
-    device: DeviceOption = "cpu",
+    device: DeviceOption = "auto",
     plot: PlotOption = None,
     force: ForceOption = False,
     as_json: JsonOption = False,
@@ -170,14 +170,9 @@ def everything(
 ) -> None:
     """kernel, step, data, convert (0.5 GB of BF16) and export, one after the other."""
     from reparam.bench.all_benchmarks import bench_all
-    from reparam.checkpoint.staging import staged
 
     _check(plot, force, output)
-    value = bench_all(_tell, dtype, device, quick)
-    if output is not None:
-        with staged(output, force) as temporary:
-            temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    _give(value, as_json, plot, force)
+    _give(bench_all(_tell, dtype, device, quick), as_json, plot, force, output)
 
 
 def _tell(what: str) -> None:
@@ -187,16 +182,23 @@ def _tell(what: str) -> None:
 def _check(plot: Path | None, force: bool, output: Path | None = None) -> None:
     """Refuse what cannot be drawn or written before minutes are spent."""
     if plot is not None:
-        from reparam.bench.plot import require_matplotlib
+        from reparam.bench.plot import require_drawable
 
-        require_matplotlib()
-    for out in filter(None, (plot, output)):
+        require_drawable(plot, force)
+    if output is not None:
         from reparam.checkpoint.staging import refuse_existing
 
-        refuse_existing(out, force)
+        refuse_existing(output, force)
 
 
-def _give(value: dict[str, Any], as_json: bool, plot: Path | None, force: bool) -> None:
+def _give(
+    value: dict[str, Any], as_json: bool, plot: Path | None, force: bool, output: Path | None = None
+) -> None:
+    if output is not None:
+        from reparam.checkpoint.staging import staged
+
+        with staged(output, force) as temporary:
+            temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
     if plot is not None:
         from reparam.bench.plot import plot as draw
 
@@ -205,3 +207,5 @@ def _give(value: dict[str, Any], as_json: bool, plot: Path | None, force: bool) 
         print(json.dumps(value))
     else:
         bench_tables.show(value)
+    for out in filter(None, (output, plot)):
+        print(f"wrote {out}", file=sys.stderr if as_json else sys.stdout)

@@ -6,22 +6,14 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from reparam.errors import SelectionError
 
-from . import rules, text
+from . import conversion_text, rules, text
 from .options import ArchArgOption, ArchOption, InputOption, parse_arch_args, parse_axes, parse_to
-
-if TYPE_CHECKING:
-    from reparam.checkpoint import ConversionReport
-    from reparam.checkpoint.fidelity import Fidelity
-
-
-# Up to so many inexact weights are listed one by one; --json has the first ones of every layer.
-_NAMED = 16
 
 
 def convert(
@@ -144,7 +136,7 @@ def convert(
     if as_json:
         print(json.dumps(report.to_json()))
     else:
-        _print(report)
+        conversion_text.print_report(report)
 
 
 def _takes_network(path: Path, asked: bool) -> bool:
@@ -171,7 +163,7 @@ def _convert_model(as_json: bool, **options: Any) -> None:
     rules.print_rules(report)
     print()
     rules.print_others(report)
-    _print_notes(report)
+    conversion_text.print_notes(report)
     if report.outputs is not None:
         print(
             f"outputs of both networks compared in float64: they differ by at most {report.outputs.max_rel:.1e} of their "
@@ -184,110 +176,4 @@ def _convert_model(as_json: bool, **options: Any) -> None:
             "scales stand after activations, which the class alone does not compute: Python loads this file with "
             "reparam.graph.apply_records; --scale inside keeps the class"
         )
-    _print_result(report)
-
-
-def _print(report: ConversionReport) -> None:
-    rows = []
-    would = {"converted": "would convert", "copied": "would copy"} if report.dry_run else {}
-    for layer in report.layers:
-        found = layer.fidelity
-        measured = found is not None and found.weights > 0
-        rows.append(
-            [
-                layer.name,
-                f"{layer.source} → {layer.target}" if layer.status == "converted" else layer.source,
-                text.shape(layer.shape),
-                layer.dtype,
-                would.get(layer.status, layer.status),
-                _inexact(found) if found and measured else "—",
-                f"{found.max_row_error:.1e}" if found and measured else "—",
-                layer.reason
-                if layer.status != "converted"
-                else ("scale inside" if layer.scale_inside else ""),
-            ]
-        )
-    text.table(["layer", "held as", "shape", "dtype", "status", "inexact", "row error", "why"], rows)
-    print()
-    _print_others(report)
-    _print_notes(report)
-    _print_result(report)
-
-
-def _inexact(found: Fidelity) -> str:
-    """Weights, and biases apart."""
-    biases = f" + {found.bias_inexact:,} bias{'es' * (found.bias_inexact > 1)}" if found.bias_inexact else ""
-    return f"{found.inexact:,}{biases}"
-
-
-def _print_others(report: ConversionReport) -> None:
-    copied = "would copy" if report.dry_run else "copied"
-    reasons: dict[str, list[str]] = {}
-    for key, reason in report.others.items():
-        reasons.setdefault(reason, []).append(key)
-    for reason, keys in reasons.items():
-        print(
-            f"{copied} byte for byte: {text.count(len(keys), 'tensor')} ({text.shorten(keys, 3)}): {reason}"
-        )
-
-
-def _print_notes(report: ConversionReport) -> None:
-    converted = report.with_status("converted")
-    assumed = [layer.name for layer in converted if layer.assumed_axis]
-    if assumed:
-        print(f"{text.UNITS_READ}; either converts back: {text.shorten(assumed)}")
-    inside = [layer.name for layer in converted if layer.scale_inside]
-    if inside:
-        print(
-            f"bias kept, scale inside the activation: |b|/‖w‖ is not finite or beyond 2^20: {text.shorten(inside)}"
-        )
-    for note in report.notes:
-        print(note)
-    if report.to != "sp" and report.output.suffix != ".safetensors" and _describes_network(report.source):
-        print(
-            "from_pretrained does not read this folder: train it with reparam finetune or Python, and go back with "
-            f"reparam convert {report.output} --to sp"
-        )
-
-
-def _describes_network(source: Path) -> bool:
-    """Whether the source is a Hugging Face folder, which others read with from_pretrained."""
-    from reparam.checkpoint import open_checkpoint
-    from reparam.pipeline.loading import describes_network
-
-    return describes_network(open_checkpoint(source))
-
-
-def _print_result(report: ConversionReport) -> None:
-    converted = len(report.with_status("converted"))
-    ratio = report.bytes_after / report.bytes_before if report.bytes_before else 1.0
-    sizes = f"{text.size(report.bytes_before)} → {text.size(report.bytes_after)} ({ratio:.2f}×)"
-    if report.dry_run:
-        print(
-            f"would convert {text.count(converted, 'layer')}: {sizes}"
-            + (
-                "; λ is decided from the values"
-                if report.to == "gmp" and not report.roundtrip["checked"]
-                else ""
-            )
-        )
-        print(f"would write {report.output}")
-        return
-    totals = report.roundtrip
-    if totals["checked"]:
-        print(
-            f"decoded again and compared: {totals['checked']:,} weights in {totals['rows']:,} rows,"
-            f" {totals['inexact']:,} not bit for bit, {totals['bias_inexact']:,} biases not;"
-            f" largest row error {totals['max_row_error']:.1e}"
-        )
-        if 0 < totals["inexact"] <= _NAMED:
-            named = [f"{layer.key}{index}" for layer in report.layers for index in layer.inexact_at]
-            print(f"not bit for bit: {text.shorten(named, _NAMED)}")
-    grows = any(
-        layer.dtype in ("F16", "BF16") and layer.target == "gmp" for layer in report.with_status("converted")
-    )
-    reason = "; angles are float32, whatever the weights were" if grows else ""
-    held = sum(layer.target == report.to for layer in report.with_status("converted"))
-    some = f" ({held} of them to {report.to})" if held != converted else ""
-    print(f"converted {text.count(converted, 'layer')}{some} in {report.seconds:.1f} s: {sizes}{reason}")
-    print(f"wrote {report.output}")
+    conversion_text.print_result(report)

@@ -13,6 +13,7 @@ from . import text
 
 if TYPE_CHECKING:
     from reparam.checkpoint import Inspection
+    from reparam.checkpoint.layers import Layer
 
 # classes, or values per channel, that a line shows
 _NAMED = 12
@@ -38,7 +39,8 @@ def inspect(
         return
     headings = ["layer", "held as", "shape", "dtype"]
     headings += ["‖w‖ min", "‖w‖ max", "dead", "zeros"] if stats else ["units", "fan-in", "bias"]
-    text.table(headings, [_row(found, i, stats) for i in range(len(found.layers))])
+    rows = [_row(found, i, stats) for i in range(len(found.layers))]
+    text.table(headings, rows, alike=("held as", "dtype"))
     _summary(found)
     _run(told)
 
@@ -77,11 +79,18 @@ def _summary(found: Inspection) -> None:
         print(f"  no layer: {text.shorten(keys, 3)}: {reason}")
     for alias, key in checkpoint.aliases.items():
         print(f"  tied: {alias} shares {key}")
-    assumed = [layer.name for layer in found.layers if layer.assumed_axis]
-    if assumed:
-        print(f"  {text.UNITS_READ}: {text.shorten(assumed)}")
+    assumed = {layer.name: layer.spec.unit.axis for layer in found.layers if layer.assumed_axis}
+    for line in text.units_read(assumed):
+        print(f"  {line}")
+    others = [layer.name for layer in found.layers if layer.kind == "wn" and not _g_a_unit(found, layer)]
+    if others:
+        print(f"  g is not one a unit, but one an expert, input channel or so: {text.fitting(others, 30)}")
     for note in checkpoint.notes:
         print(f"  {note}")
+
+
+def _g_a_unit(found: Inspection, layer: Layer) -> bool:
+    return found.checkpoint.tensors[layer.tensors["weight_g"]].numel == layer.spec.units
 
 
 def _run(told: Mapping[str, Any]) -> None:

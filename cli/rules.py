@@ -42,7 +42,8 @@ def print_rules(report: ModelReport) -> None:
         why = members[0].why + ", and so on" * (len({outcome.why for outcome in members}) > 1)
         if any(reason.startswith(members[0].why) for reason in whole_reasons):
             why = "it takes the network's graph: see below"
-        rows.append([rule, did if applied else "refused", str(len(names)), _which(names), _short(why)])
+        which = text.fitting(names, _WIDTH, _NAMED)
+        rows.append([rule, did if applied else "refused", str(len(names)), which, _short(why)])
     text.table(["rule", "", "layers", "which", f"what {done}, or why not"], rows)
     for reason in whole_reasons:
         print(reason)
@@ -50,14 +51,6 @@ def print_rules(report: ModelReport) -> None:
 
 def _short(why: str) -> str:
     return why if len(why) <= _REASON or sys.stdout.isatty() else why[: _REASON - 1] + "…"
-
-
-def _which(names: list[str]) -> str:
-    """The first names, as many as fit; at least one."""
-    shown = names[:1]
-    while len(shown) < min(_NAMED, len(names)) and len(", ".join(names[: len(shown) + 1])) <= _WIDTH:
-        shown = names[: len(shown) + 1]
-    return text.shorten(names, len(shown))
 
 
 def print_others(report: ModelReport) -> None:

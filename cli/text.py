@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -36,19 +36,41 @@ def shorten(names: Sequence[str], most: int = 6) -> str:
     return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
 
 
+def fitting(names: Sequence[str], width: int, most: int = 6) -> str:
+    """The same with as many names as fit ``width`` characters; at least one."""
+    shown = 1
+    while shown < min(most, len(names)) and len(shorten(names, shown + 1)) <= width:
+        shown += 1
+    return shorten(names, shown)
+
+
+def units_read(axes: Mapping[str, int]) -> Iterator[str]:
+    """A line for each axis that units are taken to be on; ``axes`` by the names of layers whose tensors leave it open."""
+    for axis in sorted(set(axes.values())):
+        names = [name for name, own in axes.items() if own == axis]
+        line = f"{count(len(names), 'layer')}: units taken on axis {axis} (--axis GLOB={axis + 1} if transposed): "
+        yield line + fitting(names, _LINE - len(line))
+
+
 def table(
-    headings: Sequence[str], rows: Sequence[Sequence[str]], numbers: Collection[str] | None = None
+    headings: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    numbers: Collection[str] | None = None,
+    alike: Collection[str] = (),
 ) -> None:
     """Print a table to stdout: on a terminal no wider than that, the last column in several lines where it must be.
 
     Other columns are as wide as they must be, and where stdout is no terminal all are: names are to be read and copied whole.
-    ``numbers`` are the headings of columns that stand to the right.
+    ``numbers`` are the headings of columns that stand to the right; ``alike`` those of columns that, where all cells are the
+    same and the table would be wider than 80 characters, are told once in a line above it.
     """
     from rich import box
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
+    if alike and rows and sum(_widths(headings, rows)) + _GAP * (len(headings) - 1) > _NARROW:
+        headings, rows = _told_once(headings, rows, alike)
     grid = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for i, heading in enumerate(headings):
         last = i == len(headings) - 1
@@ -62,18 +84,46 @@ def table(
         grid.add_row(*(escape(cell) for cell in row))
     width = 10_000
     if sys.stdout.isatty():
-        fixed = sum(max(map(len, column)) for column in list(zip(headings, *rows, strict=True))[:-1])
+        fixed = sum(_widths(headings, rows)[:-1])
         width = max(shutil.get_terminal_size().columns, fixed + _GAP * len(headings) + _LEAST)
     Console(width=width, highlight=False).print(grid, crop=False, overflow="ignore")
 
 
-#: of layers whose tensors leave open whether they are transposed ones
-UNITS_READ = "read as ordinary layers, units on axis 0 (--axis GLOB=1 for transposed ones)"
+def _widths(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[int]:
+    return [max(map(len, column)) for column in zip(headings, *rows, strict=True)]
+
+
+def _told_once(
+    headings: Sequence[str], rows: Sequence[Sequence[str]], alike: Collection[str]
+) -> tuple[list[str], list[list[str]]]:
+    """What is left of a table without those columns ``alike`` whose cells are the same, after a line that tells them."""
+    same = [
+        i for i, heading in enumerate(headings) if heading in alike and len({row[i] for row in rows}) == 1
+    ]
+    if same:
+        print(f"every layer: {', '.join(f'{headings[i]} {rows[0][i]}' for i in same)}")
+    left = [i for i in range(len(headings)) if i not in same]
+    return [headings[i] for i in left], [[row[i] for i in left] for row in rows]
+
 
 # Between two columns; and of a last column, where the others leave it less.
 _GAP, _LEAST = 3, 20
+# Of a table on any terminal, where names allow it; and of a line of names.
+_NARROW, _LINE = 80, 100
 _NUMBERS = frozenset(
-    {"fan-in", "units", "layers", "size", "inexact", "row error", "‖w‖ min", "‖w‖ max", "dead", "zeros"}
+    {
+        "fan-in",
+        "units",
+        "layers",
+        "size",
+        "inexact",
+        "biases",
+        "row error",
+        "‖w‖ min",
+        "‖w‖ max",
+        "dead",
+        "zeros",
+    }
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from statistics import median
 
 import pytest
@@ -12,7 +13,7 @@ from reparam.bench import kernel
 from reparam.kernels import backend
 from reparam.kernels.hyperspherical import decode, encode
 
-TINY = ("--max-weights", 2000, "--repeats", 2)
+TINY = ("--max-weights", 2000, "--repeats", 2, "--device", "cpu")
 SHAPES = [(64, 27), (100, 1)]
 EXACT = 1e-12
 
@@ -62,6 +63,22 @@ def test_the_table_has_the_ratios_the_bars_and_the_machine(monkeypatch: pytest.M
     assert last.startswith(f"forward + backward in float32 on cpu, the map by {ran_by}, 2 repeats; ")
     assert f"torch {torch.__version__}" in last
     assert "thread" in last
+
+
+def test_the_device_is_a_gpu_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(kernel, "existing_device", lambda name: asked.append(name) or "cpu")
+    kernel.bench_kernel(1, lambda what: None, 2000)
+    ran = done("bench", "kernel", "--max-weights", 2000, "--repeats", 1)
+    assert asked == ["auto", "auto"]
+    assert ran.err.splitlines() == [f"{a} × {b}: 1 repeat of 4 jobs" for a, b in SHAPES]
+
+
+def test_the_picture_is_named(tmp_path: Path) -> None:
+    picture = tmp_path / "ratios.PNG"
+    ran = done("bench", "kernel", *TINY, "--plot", picture)
+    assert ran.out.splitlines()[-1] == f"wrote {picture}"
+    assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_bars_are_the_contracts() -> None:
@@ -119,6 +136,7 @@ def test_the_naive_formula_is_the_map(n: int) -> None:
         (("--dtype", "float8"), "--dtype float8: one of float32, bfloat16, float16"),
         (("--device", "abacus"), "--device abacus: torch finds no such device here"),
         (("--plot", "no/such/folder.png"), "no such folder"),
+        (("--plot", "chart.pdf"), "--plot chart.pdf: what is drawn is a PNG file: name it chart.png"),
     ],
 )
 def test_nothing_to_measure_is_refused(options: tuple[object, ...], naming: str) -> None:

@@ -136,11 +136,11 @@ def test_the_command(small: None, tmp_path: Path) -> None:
     ran = done("bench", "step", "--batch-size", 2, "--repeats", 1, "--plot", picture, "--json")
     assert ran.json["settings"]["batch_size"] == 2
     assert ran.json["settings"]["pixels"] == {"resnet34": 8}
-    assert ran.err.splitlines() == ["resnet34, eager: 1 repeats of 6 steps"]
+    assert ran.err.splitlines() == ["resnet34, eager: 1 repeat of 6 steps", f"wrote {picture}"]
     assert picture.read_bytes().startswith(b"\x89PNG")
     ran = run("bench", "step", "--plot", picture)
     assert_one_line(ran)
-    assert "--force" in ran.err
+    assert "exists: --force overwrites it, --plot names another place" in ran.err
 
 
 @pytest.mark.parametrize(
@@ -232,5 +232,6 @@ def test_all_of_them(small: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         assert f"bench {what}\n" in ran.out
     assert len(plot.panels(value)) == 2 + 1 + 1 + 1 + 1
     assert picture.read_bytes().startswith(b"\x89PNG")
+    assert ran.out.splitlines()[-2:] == [f"wrote {file}", f"wrote {picture}"]
     assert {line.partition(":")[0] for line in ran.err.splitlines()} == {"kernel", "step", "data"}
     assert_one_line(run("bench", "all", "--quick", "-o", file))

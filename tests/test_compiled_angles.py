@@ -209,6 +209,7 @@ def test_large_checkpoints_are_converted_by_it(dtype: torch.dtype, calls: list[s
     save_file(tensors, tmp_path / "m.safetensors")
     report = convert_checkpoint(tmp_path / "m.safetensors", "gmp")
     assert set(calls) == {"prepare", "encode", "decode"}
+    assert report.to_json()["backend"] == "compiled"
     if dtype == torch.bfloat16:
         assert [layer.fidelity.inexact for layer in report.layers if layer.fidelity] == [0, 0]
     written = tensors_of(tmp_path / "m.gmp.safetensors")
@@ -240,6 +241,7 @@ def test_without_numba_large_checkpoints_are_converted_by_the_reference(
     assert not calls
     assert "reparam[fast]" in report.notes[0]
     assert "No module named 'numba'" in report.notes[0]
+    assert report.to_json()["backend"] == "reference"
     expected = hyperspherical.encode(gaussian(50, 300), F32)
     assert torch.equal(tensors_of(tmp_path / "m.gmp.safetensors")["a.theta"], expected[1])
 

@@ -169,7 +169,7 @@ def test_network(name: str, form: str, kept: bool) -> None:
     assert len(layers) == {"sp": 0, "unit": case.unit}.get(options["to"], case.layers)
     assert sum(isinstance(m, _BatchNorm) for m in model.modules()) == (NORMS[name] if kept else 0)
     normalized = {layer for layer, m in layers.items() if m.mean is not None}
-    assert normalized == applied([o for o in report if o.rule in ("mean normalization", "mini-batch mean")])
+    assert normalized == applied([o for o in report if o.rule == "mean normalization"])
     if "mean_norm" in options:
         assert len(normalized) == len(layers) - (case.no_mbn if form == "WN+MBN" else case.no_mn)
     means = [buffer for m in layers.values() for buffer in m.buffers(recurse=False)]

@@ -156,6 +156,32 @@ def test_converting_on_the_way_is_converting_first(converted: Path, tmp_path: Pa
     assert run.result.before.value == pytest.approx(0.864, abs=2e-3)
 
 
+@pytest.mark.parametrize(
+    ("to", "placed"), [("wn", ""), ("gmp", ", place scale 3×")],
+)  # fmt: skip
+def test_what_a_conversion_on_the_way_did_is_told(to: str, placed: str) -> None:
+    """By the rules' names, which are the same for every parameterization."""
+    from reparam.pipeline import set_up
+
+    def told(mean_norm: bool) -> str:
+        plain = BUNDLED / "small_cnn.safetensors"
+        notes = set_up(plain, ARCH, str(BUNDLED), SHORT, to=to, mean_norm=mean_norm, fold_bn=True).notes
+        return next(note for note in notes if note.startswith("converted to"))
+
+    means = ", mean normalization 3×, calibrate 3×"
+    assert told(True) == f"converted to {to}: fold batch norm 3×, swap 3×{placed}{means}"
+    assert told(False) == f"converted to {to}: fold batch norm 3×, swap 3×{placed}"
+
+
+def test_what_was_asked_for_in_vain_is_told(net: str, tmp_path: Path) -> None:
+    from reparam.graph import load_architecture
+    from reparam.pipeline import set_up
+
+    torch.save(load_architecture(f"{net}:net").state_dict(), tmp_path / "net.pt")
+    setup = set_up(tmp_path / "net.pt", f"{net}:net", str(BUNDLED), SHORT, to="wn", fold_bn=True)
+    assert "converted to wn: swap 1×, fold batch norm nowhere" in setup.notes
+
+
 @pytest.mark.parametrize("init", ["paper", "glorot", "data"])
 def test_new_values(init: str, converted: Path, tmp_path: Path) -> None:
     from reparam.pipeline import set_up

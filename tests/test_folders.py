@@ -228,7 +228,9 @@ def test_without_a_config_a_square_matrix_is_a_guess_that_is_told(tmp_path: Path
     assumed = {layer["name"] for layer in report["layers"] if "axis" in layer}
     assert assumed == {"h.0.attn.c_proj", "score_net"}
     table = done("convert", tmp_path / "model.safetensors", "--to", "gmp", "--dry-run").out
-    assert "read as ordinary layers, units on axis 0 (--axis GLOB=1 for transposed ones)" in table
+    assert (
+        "2 layers: units taken on axis 0 (--axis GLOB=1 if transposed): h.0.attn.c_proj, score_net" in table
+    )
     records = records_of(tmp_path / "out.safetensors")
     assert records["h.0.attn.c_attn.weight"]["axis"] == 1, "its bias tells"
     assert records["h.0.mlp.c_fc.weight"]["axis"] == 1

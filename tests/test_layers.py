@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from reparam import layers
 from reparam.errors import NonFiniteError
 from reparam.layers import LAYERS, GeometricMixin, GmPConv2d, GmPLinear
 
@@ -35,6 +36,13 @@ CASES = {
 def plain(request: pytest.FixtureRequest) -> nn.Module:
     torch.manual_seed(0)
     return CASES[request.param]()
+
+
+@pytest.mark.parametrize("prefix", ["GmP", "WN", "Unit"])
+def test_layers_go_by_their_names(prefix: str) -> None:
+    of_linear = {cls.__name__: cls for (_, plain), cls in LAYERS.items() if plain is nn.Linear}
+    name = f"{prefix}Linear"
+    assert getattr(layers, name) is of_linear[name]
 
 
 def gmp(plain: nn.Module) -> GeometricMixin:

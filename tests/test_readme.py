@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -17,7 +18,8 @@ WHOLE = README.partition("<!-- whole:begin -->\n```text\n")[2].partition("\n```\
 FOUR = README.partition("<!-- four:begin -->\n```text\n")[2].partition("\n```\n<!-- four:end -->")[0]
 NET = README.partition("<!-- net:begin -->\n```python\n")[2].partition("```\n<!-- net:end -->")[0]
 SHOWN = README.replace(DEMO, "").replace(WHOLE, "").replace(FOUR, "")
-COMMANDS = re.findall(r"^\$ reparam (\w+ .*?)(?: +#.*)?$", SHOWN, flags=re.MULTILINE)
+COMMANDS = re.findall(r"^\$ reparam (?!bench)(\w+ .*?)(?: +#.*)?$", SHOWN, flags=re.MULTILINE)
+BENCHMARKS = re.findall(r"^\$ reparam (bench .*)$", SHOWN, flags=re.MULTILINE)
 
 
 def test_ci_calls_the_test_command_word_for_word() -> None:
@@ -65,6 +67,24 @@ def test_commands_shown_parse(line: str, tmp_path: Path, capsys: pytest.CaptureF
     error = capsys.readouterr().err
     assert "usage" not in error
     assert "no such file" in error.lower()
+
+
+@pytest.mark.parametrize("line", BENCHMARKS)
+def test_benchmarks_shown_parse(
+    line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What they measure is left out: it takes a GPU, and minutes."""
+    from reparam.bench import kernel, step
+
+    def given(*arguments: object) -> dict[str, object]:
+        return {"given": [argument for argument in arguments if isinstance(argument, (str, int))]}
+
+    monkeypatch.setattr(kernel, "bench_kernel", given)
+    monkeypatch.setattr(step, "bench_step", given)
+    assert main(line.split()) == 0
+    found = json.loads(capsys.readouterr().out)["given"]
+    assert "cuda" in found
+    assert ("bfloat16" in found) == ("bfloat16" in line)
 
 
 def test_the_demo_prints_what_is_shown(
@@ -119,6 +139,27 @@ def test_the_four_commands_run(
         printed = capsys.readouterr().out.strip()
         if short == command:
             assert _without_figures(printed) == _without_figures(output)
+
+
+def test_the_verifications_shown_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the files that the commands shown before them make of a network."""
+    import torch
+    from safetensors.torch import save_file
+
+    monkeypatch.chdir(tmp_path)
+    Path("net.py").write_text(NET)
+    torch.manual_seed(0)
+    scope: dict[str, Any] = {}
+    exec(NET, scope)
+    save_file(scope["net"]().state_dict(), "model.safetensors")
+    whole = ["--arch", "net.py:net", "--mean-norm", "-o", "whole.gmp.safetensors"]
+    assert main(["convert", "model.safetensors", "--to", "gmp"]) == 0
+    assert main(["convert", "model.safetensors", "--to", "gmp", *whole]) == 0
+    (export,) = [line for line in COMMANDS if line.startswith("export model.gmp.safetensors --arch")]
+    verify = [line for line in COMMANDS if line.startswith("verify")]
+    assert len(verify) == 3
+    for line in (export, *verify):
+        assert main(line.split()) == 0, line
 
 
 def test_the_whole_model_snippet_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

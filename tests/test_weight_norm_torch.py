@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support import convert
-from torch import nn
+from torch import Tensor, nn
 from torch_weight_norm import (
     DIMS,
     FLAVOURS,
@@ -22,6 +22,8 @@ from torch_weight_norm import (
     trained,
     ulps,
 )
+
+import reparam
 
 flavours = pytest.mark.parametrize("flavour", FLAVOURS.values(), ids=FLAVOURS)
 
@@ -82,6 +84,55 @@ def test_any_dim_becomes_torchs_default(name: str, flavour: Flavour, tmp_path: P
     again = removed_in_float64(make, other, 0, load_file(tmp_path / "wn.safetensors"))
     expected = removed_in_float64(make, flavour, DIMS[name], net.state_dict())
     assert float(oracles.row_errors(again.flatten(1), expected.flatten(1)).max()) <= oracles.FLOAT32_ROW
+
+
+def turned(weight: Tensor) -> Tensor:
+    """The same values with the axes in memory the other way round."""
+    axes = tuple(reversed(range(weight.dim())))
+    return weight.permute(axes).contiguous().permute(axes)
+
+
+STRIDES: dict[str, Callable[[Tensor], Tensor]] = {"in order": lambda weight: weight, "turned": turned}
+
+
+@flavours
+@pytest.mark.parametrize("lay", STRIDES.values(), ids=STRIDES)
+@pytest.mark.parametrize(
+    "make", [lambda: nn.Linear(40, 6), lambda: nn.Conv2d(4, 6, 3), lambda: nn.Linear(700, 900)],
+    ids=["linear", "conv2d", "linear in blocks"],
+)  # fmt: skip
+def test_rows_of_zeros_are_no_nan_in_torch(
+    make: Callable[[], nn.Module], lay: Callable[[Tensor], Tensor], flavour: Flavour, tmp_path: Path
+) -> None:
+    """A pickle keeps the strides of its tensors, in which a row may lie anywhere."""
+    net = a_net(make)
+    with torch.no_grad():
+        net.layer.weight[[1, 4]] = 0.0
+        net.layer.weight[5] = -0.0
+    net.layer.weight.data = lay(net.layer.weight.data)
+    torch.save(net.state_dict(), tmp_path / "model.pt")
+    out = tmp_path / "wn.safetensors"
+    convert(tmp_path / "model.pt", "wn", out, "--layout", flavour.layout)
+    normalized = a_net(make)
+    flavour.wrap(normalized.layer)
+    normalized.load_state_dict(load_file(out), strict=True)
+    flavour.remove(normalized.layer)
+    torch.testing.assert_close(normalized.layer.weight, net.layer.weight, rtol=TORCH_FLOAT32, atol=0)
+    assert torch.count_nonzero(normalized.layer.weight[[1, 4, 5]]) == 0
+    convert(out, "sp", tmp_path / "sp.safetensors")
+    assert torch.count_nonzero(load_file(tmp_path / "sp.safetensors")["layer.weight"][[1, 4, 5]]) == 0
+
+
+@pytest.mark.parametrize("lay", STRIDES.values(), ids=STRIDES)
+def test_a_layer_of_a_row_of_zeros_is_no_nan_in_torch(lay: Callable[[Tensor], Tensor]) -> None:
+    """From Python, where convert is given the module with the strides it has."""
+    net = a_net(lambda: nn.Conv2d(4, 6, 3))
+    with torch.no_grad():
+        net.layer.weight[1] = 0.0
+    net.layer.weight.data = lay(net.layer.weight.data)
+    made = reparam.convert(nn.Sequential(net.layer), "wn", include=["0"]).state_dict()
+    weight = torch._weight_norm(made["0.weight_v"].contiguous(), made["0.weight_g"], 0)
+    torch.testing.assert_close(weight, net.layer.weight.detach(), rtol=TORCH_FLOAT32, atol=0)
 
 
 @pytest.mark.parametrize("to", ["gmp", "wn"])

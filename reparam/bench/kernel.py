@@ -85,7 +85,7 @@ def bench_kernel(
     tell: Callable[[str], None],
     max_elements: int | None = None,
     dtype: str = "float32",
-    device: str = "cpu",
+    device: str = "auto",
 ) -> dict[str, Any]:
     """Time the jobs on every shape.
 
@@ -115,7 +115,7 @@ def bench_kernel(
         raise ReparamError(f"--max-weights {max_elements}: the smallest shape has {smallest}")
     results = []
     for shape in shapes:
-        tell(f"{shape[0]} × {shape[1]}: {repeats} repeats of {len(JOBS)} jobs")
+        tell(f"{shape[0]} × {shape[1]}: {repeats} repeat{'s' * (repeats > 1)} of {len(JOBS)} jobs")
         results += _measure(shape, repeats, dtype, device)
     return {
         "what": "kernel",

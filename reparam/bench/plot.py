@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from reparam.checkpoint.staging import staged
+from reparam.checkpoint.staging import refuse_existing, staged
 from reparam.errors import ReparamError
 
 _OURS, _OTHERS, _BAR = "#0072B2", "#999999", "#D55E00"
@@ -46,10 +46,9 @@ def plot(value: dict[str, Any], out: Path, force: bool = False) -> None:
         force: replace it if it exists.
 
     Raises:
-        ReparamError: matplotlib is not installed.
-        OutputError: ``out`` exists or cannot be written.
+        ReparamError: as :func:`require_drawable`.
     """
-    require_matplotlib()
+    require_drawable(out, force)
     from matplotlib.figure import Figure
 
     found = panels(value)
@@ -70,10 +69,18 @@ def plot(value: dict[str, Any], out: Path, force: bool = False) -> None:
         figure.savefig(temporary, format="png", dpi=110, metadata={"Software": None})
 
 
-def require_matplotlib() -> None:
-    """Raise ReparamError where it is not installed."""
+def require_drawable(out: Path, force: bool = False) -> None:
+    """Refuse what :func:`plot` could not draw, before anything is measured.
+
+    Raises:
+        ReparamError: matplotlib is not installed, or ``out`` is no PNG file by its name.
+        OutputError: ``out`` exists, and not ``force``, or cannot be written.
+    """
     if importlib.util.find_spec("matplotlib") is None:
         raise ReparamError("--plot: needs matplotlib: pip install 'reparam[plots]'")
+    if out.suffix.lower() != ".png":
+        raise ReparamError(f"--plot {out}: what is drawn is a PNG file: name it {out.with_suffix('.png')}")
+    refuse_existing(out, force, "--plot")
 
 
 def panels(value: dict[str, Any]) -> list[Panel]:

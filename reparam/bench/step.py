@@ -103,7 +103,7 @@ def bench_step(
         pixels[name] = min(side, CPU_PIXELS) if device == "cpu" else side
         for through_compiler in (False, True) if compiled else (False,):
             way = "compiled" if through_compiler else "eager"
-            tell(f"{name}, {way}: {repeats} repeats of {len(VARIANTS)} steps")
+            tell(f"{name}, {way}: {repeats} repeat{'s' * (repeats > 1)} of {len(VARIANTS)} steps")
             steps = _steps(name, batch, pixels[name], dtype, device, through_compiler)
             results += _measure(name, steps, repeats, device, through_compiler)
     return {

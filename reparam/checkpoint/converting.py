@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from reparam.checkpoint import folders
+from reparam.checkpoint.layers import find_layers
 from reparam.checkpoint.plan import FilePlan, Plan, make_plan
 from reparam.checkpoint.reading import open_checkpoint
 from reparam.checkpoint.report import ConversionReport, LayerReport
-from reparam.checkpoint.selection import Selection
+from reparam.checkpoint.selection import Selection, without_effect
 from reparam.checkpoint.staging import refuse_existing, require_space, staged
 from reparam.errors import OutputError, SelectionError
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from reparam.checkpoint.fidelity import Fidelity
 
 # Said of large checkpoints alone: others are done before the loops are loaded.
-_SLOWER = "GmP was mapped by torch's own operations; pip install 'reparam[fast]' for compiled loops, about twice as fast"
+_SLOWER = "pip install 'reparam[fast]' for compiled loops, about twice as fast"
 
 #: called with (bytes done, bytes in all, what is being done)
 Progress = Callable[[int, int, str], None]
@@ -71,9 +72,10 @@ def convert_checkpoint(
     except OSError as error:
         raise OutputError(f"-o {output}: {error.strerror}") from error
     files = plan.files()
+    notes = (*checkpoint.notes, *_idle_axes(plan, axes or {}))
     folders.refuse_in_place(checkpoint, target)
     if dry_run:
-        return _report(plan, target, files, {}, began, dry_run=True)
+        return _report(plan, target, files, {}, began, notes, dry_run=True)
     refuse_existing(target, force)
     folders.refuse_losing(checkpoint, target)
 
@@ -91,8 +93,17 @@ def convert_checkpoint(
             places = {source: folders.file_in(checkpoint, temporary, source) for source in files}
             fidelity = running.write(checkpoint, files, places, progress)
             folders.finish(checkpoint, temporary, files)
-    notes = [] if backend.instead is None else [f"{_SLOWER} ({backend.instead})"]
-    return _report(plan, target, files, fidelity, began, dry_run=False, notes=notes)
+    if backend.instead is not None:
+        notes = (*notes, f"{_SLOWER} ({backend.instead})")
+    mapped = any("gmp" in step.forms for step in plan.converted)
+    return _report(plan, target, files, fidelity, began, notes, backend=backend.name if mapped else None)
+
+
+def _idle_axes(plan: Plan, axes: Mapping[str, int]) -> Sequence[str]:
+    if not axes:
+        return ()
+    converted = [step.layer for step in plan.converted]
+    return tuple(without_effect(axes, converted, find_layers(plan.checkpoint).layers).values())
 
 
 def _stored(theta_dtype: str | None) -> str | None:
@@ -110,8 +121,9 @@ def _report(
     files: Mapping[Path, FilePlan],
     fidelity: Mapping[str, Fidelity],
     began: float,
-    dry_run: bool,
-    notes: Sequence[str] = (),
+    notes: tuple[str, ...],
+    dry_run: bool = False,
+    backend: str | None = None,
 ) -> ConversionReport:
     layers = tuple(LayerReport.of(step, fidelity.get(step.layer.key)) for step in plan.steps)
     return ConversionReport(
@@ -124,5 +136,6 @@ def _report(
         bytes_after=sum(file.nbytes for file in files.values()),
         seconds=time.perf_counter() - began,
         dry_run=dry_run,
-        notes=(*plan.checkpoint.notes, *notes),
+        notes=notes,
+        backend=backend,
     )

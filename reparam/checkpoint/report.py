@@ -97,6 +97,7 @@ class ConversionReport:
         seconds: of the whole conversion.
         dry_run: nothing was written, and what depends on values is not decided.
         notes: what the reader found worth telling.
+        backend: what mapped angles, "compiled" or "reference"; None where no layer was mapped to GmP or from it.
     """
 
     source: Path
@@ -109,6 +110,7 @@ class ConversionReport:
     seconds: float
     dry_run: bool
     notes: tuple[str, ...]
+    backend: str | None
 
     def with_status(self, status: str) -> tuple[LayerReport, ...]:
         return tuple(layer for layer in self.layers if layer.status == status)
@@ -139,6 +141,7 @@ class ConversionReport:
             "bytes_before": self.bytes_before,
             "bytes_after": self.bytes_after,
             "seconds": round(self.seconds, 3),
+            "backend": self.backend,
             "notes": list(self.notes),
         }
 

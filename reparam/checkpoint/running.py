@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import zip_longest
@@ -90,6 +90,14 @@ def decide(plan: Plan, exact: bool) -> Plan:
             source = task.source(checkpoint, norms)
             return map_block(task.step.layer, task.record, task.block, source, lambda block, tensors: None)
 
+    def inexact(steps: Iterable[Step]) -> Counter[str]:
+        """By layer key, how many values would not come back bit for bit."""
+        tasks = _tasks(checkpoint, [s for s in steps if s.record is not None and s.record.kind != "sp"])
+        found: Counter[str] = Counter()
+        for i, fidelity in each(trial, tasks, parallel):
+            found[tasks[i].step.layer.key] += fidelity.inexact + fidelity.bias_inexact
+        return +found
+
     steps = {step.layer.key: step for step in plan.steps}
     kept_plain = set()
     tasks = _tasks(checkpoint, [s for s in plan.steps if s.record is not None and s.record.bias == "lambda_"])
@@ -100,21 +108,23 @@ def decide(plan: Plan, exact: bool) -> Plan:
         record = steps[key].record
         assert record is not None
         steps[key] = replace(steps[key], record=replace(record, bias="bias"))
+    helped: set[str] = set()
     if exact:
-        found: dict[str, Fidelity] = {}
-        mapped = [s for s in steps.values() if s.record is not None and s.record.kind != "sp"]
-        tasks = _tasks(checkpoint, mapped)
-        for i, fidelity in each(trial, tasks, parallel):
-            key = tasks[i].step.layer.key
-            found[key] = found.get(key, Fidelity()) + fidelity
-        for key, fidelity in found.items():
-            if count := fidelity.inexact + fidelity.bias_inexact:
-                steps[key] = steps[key].skip(f"--exact: {count} values would not come back bit for bit")
+        found = inexact(steps.values())
+        helped = found.keys() - inexact(_in_float64(steps[key]) for key in found).keys()
+        for key, count in found.items():
+            mend = "; with --theta-dtype float64 all would" if key in helped else ""
+            steps[key] = steps[key].skip(f"--exact: {count} values would not come back bit for bit{mend}")
     if not any(step.status == CONVERTED for step in steps.values()):
-        raise SelectionError(
-            f"{checkpoint.path}: --exact leaves nothing to convert; try --theta-dtype float64"
-        )
+        mend = "try --theta-dtype float64" if helped else "leave --exact out"
+        raise SelectionError(f"{checkpoint.path}: --exact leaves nothing to convert; {mend}")
     return replace(plan, steps=settle_ties(tuple(steps.values())))
+
+
+def _in_float64(step: Step) -> Step:
+    """The same with all that it derives held in float64."""
+    assert step.record is not None
+    return replace(step, record=replace(step.record, spec=replace(step.record.spec, stored="F64")))
 
 
 def write(

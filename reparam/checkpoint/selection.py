@@ -6,7 +6,7 @@ layers are taken but those on a short list of names; the report prints which and
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from reparam.checkpoint.layers import Layer
@@ -54,6 +54,36 @@ class Selection:
                     some = ", ".join(layer.name for layer in layers[:3])
                     mend = f"; repeat {option} for each glob" if "," in pattern else ""
                     raise SelectionError(f"{option} {pattern}: matches no layer (there are {some}, …){mend}")
+
+
+def without_effect(
+    axes: Mapping[str, int], layers: Sequence[Layer], unaided: Sequence[Layer]
+) -> dict[str, str]:
+    """What to tell of each ``--axis`` that changes nothing, by its glob.
+
+    Args:
+        axes: unit axes by glob.
+        layers: those that matter, as these axes have them read.
+        unaided: these and more, as they are read without.
+    """
+    plain = {layer.key: layer for layer in unaided}
+    named: dict[str, list[Layer]] = {pattern: [] for pattern in axes}
+    for layer in layers:
+        if (pattern := _match(layer, tuple(axes))) is not None:
+            named[pattern].append(layer)
+    return {
+        pattern: f"without effect: --axis {pattern}={axes[pattern]} ({_as_they_are(found)})"
+        for pattern, found in named.items()
+        if all(layer == plain[layer.key] for layer in found)
+    }
+
+
+def _as_they_are(layers: Sequence[Layer]) -> str:
+    if not layers:
+        return "it decides no layer that is converted or compared"
+    read = " or ".join(map(str, sorted({layer.spec.unit.axis for layer in layers})))
+    more = f" and {len(layers) - 1} more" * (len(layers) > 1)
+    return f"units of {layers[0].name}{more} are on axis {read} in any case"
 
 
 def _match(layer: Layer, patterns: Sequence[str]) -> str | None:

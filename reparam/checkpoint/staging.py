@@ -39,23 +39,23 @@ def staged(target: Path, force: bool = False) -> Iterator[Path]:
         _remove(temporary)
 
 
-def refuse_existing(target: Path, force: bool) -> None:
+def refuse_existing(target: Path, force: bool, option: str = "-o") -> None:
     """Raise OutputError where writing ``target`` would lose something, or cannot work.
 
-    What a killed run left half replaced is settled first.
+    What a killed run left half replaced is settled first. ``option`` is the one that names another target.
     """
     parent = Path(os.path.abspath(target)).parent
     if not parent.is_dir():
         raise OutputError(f"{parent}: no such folder, to write {target.name} into")
     if not os.access(parent, os.W_OK):
-        raise OutputError(f"{parent}: read-only: name another place with -o")
+        raise OutputError(f"{parent}: read-only: name another place with {option}")
     _settle(parent, target)
     if target.exists() or target.is_symlink():
         if not force:
-            raise OutputError(f"{target}: exists: --force overwrites it, -o names another place")
+            raise OutputError(f"{target}: exists: --force overwrites it, {option} names another place")
         if target.is_dir() and any(target.iterdir()) and not any(target.glob("*.safetensors*")):
             raise OutputError(
-                f"{target}: a folder that holds no checkpoint: --force will not replace it, use -o"
+                f"{target}: a folder that holds no checkpoint: --force will not replace it, use {option}"
             )
 
 

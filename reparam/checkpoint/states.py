@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from reparam import dtypes
+from reparam.checkpoint import dialects
 from reparam.checkpoint import metadata as records_format
 from reparam.checkpoint.metadata import LayerRecord
 from reparam.checkpoint.reading import Checkpoint, open_checkpoint
@@ -20,15 +21,29 @@ if TYPE_CHECKING:
 def load_state_dict(path: Path | str) -> tuple[dict[str, Tensor], dict[str, LayerRecord]]:
     """Every tensor of a checkpoint, tied ones sharing memory, and how its reparameterized layers are held.
 
+    Tensors of those layers have the names that the layers give them, whatever ``--layout`` the file was written with.
+
     Raises:
         CheckpointError: as :func:`open_checkpoint`.
     """
     checkpoint = open_checkpoint(path)
-    return state_dict_of(checkpoint), checkpoint.records
+    tensors, records = state_dict_of(checkpoint), checkpoint.records
+    names = names_in_layers(tensors, records)
+    return {names.get(key, key): tensor for key, tensor in tensors.items()}, records
+
+
+def names_in_layers(keys: Iterable[str], records: Mapping[str, LayerRecord]) -> dict[str, str]:
+    """What layers call the tensors of recorded weight normalizations: ``weight_g`` and ``weight_v``."""
+    return {
+        key: dialects.key_of(dialects.DEFAULT_DIALECT["wn"], plain, role)
+        for plain, (_, *pair) in dialects.weight_norm_keys(keys).items()
+        if plain in records and records[plain].kind == "wn"
+        for role, key in zip(("weight_g", "weight_v"), pair, strict=True)
+    }
 
 
 def state_dict_of(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """Every tensor of an open checkpoint, tied ones sharing memory."""
+    """Every tensor of an open checkpoint by its name in the file, tied ones sharing memory."""
     tensors = {key: checkpoint.tensor(key) for key in checkpoint.tensors if key not in checkpoint.aliases}
     for alias, key in checkpoint.aliases.items():
         tensors[alias] = tensors[key]

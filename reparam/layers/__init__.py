@@ -37,5 +37,7 @@ __all__ = [
     "layer_class",
 ]
 
+globals().update({cls.__name__: cls for cls in LAYERS.values()})  # WNLinear and the rest
+# Once more those that type checkers are to know.
 GmPLinear = LAYERS["gmp", nn.Linear]
 GmPConv2d = LAYERS["gmp", nn.Conv2d]

@@ -54,7 +54,8 @@ class WeightNorm(Parameterization):
             raise NonFiniteError("a row whose norm is too small for float32 (--theta-dtype float64 holds it)")
         if bool(dead.any()):
             v = v.clone()
-            v.reshape(v.shape[0], -1)[dead, -1] = 1
+            last: tuple[Tensor | int, ...] = (dead, *(-1,) * (v.dim() - 1))
+            v[last] = 1  # not through rows: of other strides, as a pickle may have them, rows are a copy
         shape = (v.shape[0],) + (1,) * (v.dim() - 1)
         tensors = {"weight_g": g.reshape(shape), "weight_v": v}
         if bias is not None:

@@ -227,9 +227,10 @@ def _hint(one: _Given) -> tuple[str, ...]:
 
 def _of_network(one: _Given, arch: str | None, arch_args: Mapping[str, str] | None) -> _Model:
     from reparam.analysis.units import units_of_checkpoint, units_of_model
+    from reparam.graph import records_of
 
     network = load_network(one.weights, arch, arch_args)
-    held = {key: record.kind for key, record in network.checkpoint.records.items()}
+    held = {key: record.kind for key, record in records_of(network.model).items()}
     model, notes, folded = plain(network.model)
     lengths = {layer.name: layer.lengths for layer in units_of_checkpoint(network.checkpoint)[0]}
     # A batch norm that is folded in scales g.

@@ -72,6 +72,7 @@ def convert_model(
     """
     from reparam.graph import records_of
     from reparam.graph.comparing import compare_layers
+    from reparam.kernels.backend import for_conversion
     from reparam.parameterizations import parameterization
     from reparam.pipeline.outputs import compare_outputs, seeded_inputs
 
@@ -122,6 +123,7 @@ def convert_model(
         require_space(target, nbytes + folders.companions_size(checkpoint))
         nbytes = _write(single, target, tensors, records, force)
     layers, others = describe_layers(network.model, model, rules, fidelity)
+    kinds = {kind for layer in layers for kind in (layer.source, layer.target)}
     notes = network.notes
     if checkpoint.index is not None:
         notes += (f"{len(checkpoint.files)} shards become one {single.files[0].name}",)
@@ -152,6 +154,7 @@ def convert_model(
         seconds=time.perf_counter() - began,
         dry_run=dry_run,
         notes=notes,
+        backend=for_conversion().name if "gmp" in kinds else None,
         rules=tuple(rules),
         outputs=outputs,
         rewritten=_rewritten(model),
@@ -194,9 +197,10 @@ def _foldable(plain: nn.Module, rules: Sequence[Outcome]) -> tuple[str, ...]:
     """A line, if batch norms that could be folded follow layers whose means are normalized."""
     from reparam.graph.exchange import replace_modules
     from reparam.graph.rules.batch_norm import fold_batch_norms
+    from reparam.graph.rules.mean_norm import RULE
 
     folded = fold_batch_norms(replace_modules(plain, lambda module: None))
-    normalized = {o.layer for o in rules if o.applied and o.rule in ("mean normalization", "mini-batch mean")}
+    normalized = {o.layer for o in rules if o.applied and o.rule == RULE}
     both = [o.layer for o in folded if o.applied and o.layer in normalized]
     if not both:
         return ()

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from reparam.checkpoint import open_checkpoint
-from reparam.checkpoint.states import state_dict_of
+from reparam.checkpoint import LayerRecord, dialects, open_checkpoint
+from reparam.checkpoint.states import names_in_layers, state_dict_of
 from reparam.errors import ArchitectureError
 
 if TYPE_CHECKING:
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from reparam.checkpoint import Checkpoint
-    from reparam.checkpoint.metadata import LayerRecord
 
 
 @dataclass(frozen=True)
@@ -83,6 +82,9 @@ def load_network(
         notes += (told,)
         tensors = {names[key]: tensor for key, tensor in tensors.items()}
         records = {names[key]: _renamed(record, names, key) for key, record in records.items()}
+    records = {**records, **_unrecorded(plain, tensors, records)}
+    names = names_in_layers(tensors, records)
+    tensors = {names.get(key, key): tensor for key, tensor in tensors.items()}
     if as_held:
         hold_as(plain, tensors, records)
     model = apply_records(plain, records)
@@ -97,6 +99,41 @@ def _renamed(record: LayerRecord, names: Mapping[str, str], key: str) -> LayerRe
     prefix = key.removesuffix(names[key])
     first, *more = (norm.removeprefix(prefix) for norm in record.batch_norms)
     return replace(record, batch_norm=first, more_batch_norms=tuple(more))
+
+
+def _unrecorded(
+    plain: nn.Module, tensors: Mapping[str, Tensor], records: Mapping[str, LayerRecord]
+) -> dict[str, LayerRecord]:
+    """Records of the weight normalization that torch wrote, of layers that are plain in the architecture.
+
+    One whose norms do not run over all axes but the first has none: there is no layer for it.
+    """
+    from reparam.dtypes import code_of
+    from reparam.layers import layer_class
+    from reparam.layers.kinds import kind_of, weight_names
+    from reparam.parameterizations import WeightSpec
+
+    modules = dict(plain.named_modules(remove_duplicate=False))
+    found = {}
+    for key, (_, g, v) in dialects.weight_norm_keys(tensors).items():
+        name, parameter = dialects.split(key)
+        module, shape = modules.get(name), tuple(tensors[v].shape)
+        by_row = tuple(tensors[g].shape) == (*shape[:1], *(1,) * (len(shape) - 1))
+        if key in records or module is None or not by_row or parameter not in weight_names(module):
+            continue
+        kind, bias = kind_of(module), tensors.get(dialects.bias_key(key))
+        if kind is None or layer_class("wn", type(module)) is None:
+            continue
+        spec = WeightSpec(
+            shape,
+            code_of(tensors[v].dtype),
+            kind.unit(module),
+            None if bias is None else tuple(bias.shape),
+            None if bias is None else code_of(bias.dtype),
+            "F64" if code_of(tensors[g].dtype) == "F64" else "F32",
+        )
+        found[key] = LayerRecord("wn", spec, None if bias is None else "bias")
+    return found
 
 
 def require_description(checkpoint: Checkpoint, *others: str) -> None:

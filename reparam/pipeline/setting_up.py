@@ -182,7 +182,7 @@ def _converted(
     batches = _first_look(data, recipe) if mean_norm and not recipe.scratch else None
     model = convert(model, to, mean_norm=mean_norm, fold_bn=fold_bn, calibrate=batches, report=rules)
     asked = ["fold batch norm"] * fold_bn + ["mean normalization"] * mean_norm
-    done = Counter(dict.fromkeys(asked, 0)) + Counter(rule.rule for rule in rules if rule.applied)
+    done = Counter(rule.rule for rule in rules if rule.applied)
     none = [f"{rule} nowhere" for rule in asked if rule not in done]
     return model, (
         f"converted to {to}: {', '.join([*(f'{rule} {count}×' for rule, count in done.items()), *none])}",

@@ -21,7 +21,7 @@ from reparam.graph.inplace import named_layers, sharers
 from reparam.graph.outcome import Outcome
 from reparam.layers import Reparameterized, calibrate
 
-_RULES = {"mn": "mean normalization", "mbn": "mini-batch mean"}
+RULE = "mean normalization"
 CALIBRATE = "calibrate"
 
 
@@ -53,7 +53,7 @@ def insert_means(
     captured = capture(model)
     chosen = named_layers(model, names)
     return [
-        Outcome(_RULES[kind], name, *_insert(captured, module, kind, momentum, calibrated))
+        Outcome(RULE, name, *_insert(captured, module, kind, momentum, calibrated))
         for module, name in chosen.items()
     ]
 
