@@ -95,3 +95,16 @@ def test_a_layer_in_both_modes(form: str) -> None:
         for (name, _), right in zip(layer.named_parameters(), reverse, strict=True):
             assert right.abs().max() > 0
             torch.testing.assert_close(forward[name].flatten(0, 1)[i], right, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+def test_compiled() -> None:
+    rows, r, theta = a_map(5)
+    along = gaussian(*theta.shape, seed=2).double()
+
+    def tangent(theta: Tensor) -> Tensor:
+        return torch.func.jvp(lambda theta: rows(r, theta), (theta,), (along,))[1]
+
+    torch._dynamo.reset()
+    found = torch.compile(tangent, backend="aot_eager")(theta)
+    torch.testing.assert_close(found, tangent(theta), rtol=1e-12, atol=1e-12)

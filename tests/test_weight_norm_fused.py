@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from reparam.kernels import weight_norm
 from reparam.kernels.weight_norm import compose, composed, fused_axis
@@ -197,6 +198,24 @@ def test_a_unit_that_only_decays_stays_finite() -> None:
         assert bool(layer.composed().isfinite().all())
     assert any(1e-30 < size < 1e-20 for size in sizes)
     assert sizes[-1] == 0
+
+
+@pytest.mark.parametrize("size", [1.0, 0.0])
+def test_a_composed_weight_may_be_written_to(size: float) -> None:
+    """Whichever way it was composed: it is nobody's view."""
+    layer = a_layer(nn.Linear(6, 4))
+    with torch.no_grad():
+        layer.weight_v[1] *= size
+    weight = layer.weight
+    expected = 2 * weight.detach()
+    weight *= 2
+    weight.sum().backward()
+    assert torch.equal(weight, expected)
+
+
+def test_make_fx_traces_a_layer() -> None:
+    layer, x = a_layer(nn.Linear(6, 4)), torch.ones(2, 6)
+    torch.testing.assert_close(make_fx(layer)(x)(x), layer(x), rtol=1e-6, atol=1e-6)
 
 
 def test_what_has_no_values_of_its_own() -> None:

@@ -6,15 +6,14 @@ value cannot be told from a constant by looking at it, but it changes with the w
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from reparam.errors import CheckFailedError
 from reparam.export.initializers import Held
+from reparam.export.second import Second, floating
 from reparam.onnxfile.external import raw
 from reparam.onnxfile.weight_map import WeightMap
 
@@ -23,46 +22,25 @@ if TYPE_CHECKING:
 
 
 def find_constants(
-    program: ONNXProgram,
-    weights: WeightMap,
-    model: nn.Module,
-    export: Callable[[nn.Module], ONNXProgram],
+    program: ONNXProgram, weights: WeightMap, second: Callable[[], Second | None]
 ) -> list[str]:
     """Names of the floating initializers that hold no weight and are the same for other weights.
 
     Args:
         program: the export.
         weights: which of its initializers hold weights.
-        model: what was exported. Not changed.
-        export: exports a model as ``program`` was; called only if what is left over may depend on weights.
+        second: makes the export with other weights; called only if what is left over may depend on weights.
     """
-    left = {name: held for name, held in _floating(program).items() if name not in weights.sources}
+    left = {name: held for name, held in floating(program).items() if name not in weights.sources}
     single = all(torch.Size(held.shape).numel() == 1 for held in left.values())
     if not left or (single and not _has_single_values(program)):
         return sorted(left)
-    try:
-        others = _floating(export(distinct(model)))
-    except CheckFailedError:  # a network that other weights do not suit: nothing is known to be constant
+    other = second()
+    if other is None:  # a network that other weights do not suit: nothing is known to be constant
         return []
-    return sorted(name for name, held in left.items() if name in others and _equal(held, others[name]))
-
-
-def distinct(model: nn.Module) -> nn.Module:
-    """A copy whose floating tensors are all different; variances stay positive."""
-    changed, generator = copy.deepcopy(model), torch.Generator().manual_seed(0)
-    for value in changed.state_dict().values():
-        if value.is_floating_point():
-            value.add_(torch.rand(value.shape, generator=generator).to(value.dtype))
-    return changed
-
-
-def _floating(program: ONNXProgram) -> dict[str, Held]:
-    held = {name: Held(value) for name, value in program.model.graph.initializers.items()}
-    return {
-        name: x
-        for name, x in held.items()
-        if x.is_known and x.dtype is not None and x.dtype.is_floating_point
-    }
+    return sorted(
+        name for name, held in left.items() if name in other.held and _equal(held, other.held[name])
+    )
 
 
 def _equal(a: Held, b: Held) -> bool:

@@ -7,9 +7,10 @@ The graph is the exporter's: same operators, same names. Beside it the file says
 
 from __future__ import annotations
 
+import functools
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ from reparam.export.casting import cast_model, cast_specs, opset_for
 from reparam.export.conditions import quiet, uncollected
 from reparam.export.constants import find_constants
 from reparam.export.initializers import Held, hold_as_mapped, move_outside, nbytes
+from reparam.export.second import Second, floating, resolve, second_export
 from reparam.graph.inputs import InputSpec
 from reparam.onnxfile.mapping import Found, find_map
 from reparam.onnxfile.metadata import CONSTANTS, UNUSED
@@ -103,11 +105,12 @@ def export_onnx_model(
     _require_dynamic(program, specs)
     _name_outputs(program, output)
     _anonymize(program)
-    found, unused = _map(program, model)
+    second = functools.cache(
+        functools.partial(second_export, model, lambda other: bare_export(other, specs, opset))
+    )
+    found, unused = _map(program, model, second)
     said = {**(metadata or {}), KEY: found.weights.dump(), UNUSED: json.dumps(unused)}
-    if constants := find_constants(
-        program, found.weights, model, lambda other: bare_export(other, specs, opset)
-    ):
+    if constants := find_constants(program, found.weights, second):
         said[CONSTANTS] = json.dumps(constants)
     program.model.metadata_props.update(said)
     data = None
@@ -149,7 +152,9 @@ def bare_export(model: nn.Module, specs: Sequence[InputSpec], opset: int | None 
     return program
 
 
-def _map(program: ONNXProgram, model: nn.Module) -> tuple[Found, list[str]]:
+def _map(
+    program: ONNXProgram, model: nn.Module, second: Callable[[], Second | None]
+) -> tuple[Found, list[str]]:
     """Which initializer holds which weight, and the keys that are not computed with."""
     state = {key: x.detach().cpu() for key, x in model.state_dict().items()}
     eps = {
@@ -159,8 +164,11 @@ def _map(program: ONNXProgram, model: nn.Module) -> tuple[Found, list[str]]:
     }
     initializers = {name: Held(value) for name, value in program.model.graph.initializers.items()}
     found = find_map({name: held for name, held in initializers.items() if held.is_known}, state, eps)
+    used = _used(program)
+    if used.intersection(found.uncovered) or found.ambiguous:
+        found = resolve(found, floating(program), state, second)
     hold_as_mapped(program, found.weights, state)
-    return found, sorted(set(found.uncovered) - _used(program))
+    return found, sorted(set(found.uncovered) - used)
 
 
 def _used(program: ONNXProgram) -> set[str]:

@@ -12,10 +12,15 @@ from torch.autograd import forward_ad
 
 from reparam.kernels.hyperspherical import right_angle
 
+# Looked up, since a compiler does not follow the function.
+_RIGHT = {
+    dtype: right_angle(dtype) for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+}
+
 
 def is_active() -> bool:
     """Whether tangents may be about: within ``forward_ad.dual_level``, ``torch.func.jvp``, ``jacfwd`` or ``hessian``."""
-    return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
+    return forward_ad._current_level >= 0 and not torch.compiler.is_exporting()
 
 
 def decode(
@@ -25,7 +30,7 @@ def decode(
     angle = theta_RT.double()
     sine, cosine = angle.sin(), angle.cos()
     # Exact zeros, which move with their angles as any other cosine and sine.
-    right = right_angle(stored)
+    right = _RIGHT[stored]
     cosine = cosine - (cosine * (angle.abs() == right)).detach()
     straight = torch.zeros_like(angle, dtype=torch.bool)
     straight[:, -1] = angle[:, -1].abs() == 2 * right

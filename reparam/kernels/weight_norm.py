@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from reparam.kernels import backend, forward_mode
 from reparam.kernels.hyperspherical import power_below
@@ -42,7 +43,7 @@ def fused_axis(g: Tensor, v: Tensor, axes: tuple[int, ...]) -> int | None:
     """The one axis over which the norm does not run, where the fused kernel can take it, or None.
 
     It takes the first and the last of contiguous tensors. Left to torch's operations are besides: forward mode (of several
-    levels torch drops the outer ones in a function of one's own), traces (which hold no such function), tensors without
+    levels torch drops the outer ones in a function of one's own), traces (which hold no such function), modes, tensors without
     values of their own (fake, sharded) or with none (on which torch's divides by zero), and GPUs without Triton.
     """
     kept = [axis for axis in range(v.dim()) if axis not in axes]
@@ -51,7 +52,7 @@ def fused_axis(g: Tensor, v: Tensor, axes: tuple[int, ...]) -> int | None:
     if len(kept) != 1 or kept[0] not in (0, v.dim() - 1) or not g.dim() == v.dim() > 1:
         return None
     plain = all(type(x) in (Tensor, nn.Parameter) for x in (g, v)) and v.is_contiguous() and v.numel() > 0
-    tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    tracing = is_in_torch_dispatch_mode() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
     if not plain or tracing or forward_mode.is_active():
         return None
     if _on_triton(v):
@@ -92,9 +93,8 @@ class _Fused(torch.autograd.Function):
 
             triton_weight_norm.mend_weight(weight, g, v, norms)
         elif (bad := _extraordinary(g, norms)) is not None:
-            weight, g, v = (x.movedim(axis, 0) for x in (weight, g, v))
-            weight[bad] = composed(g[bad], v[bad], tuple(range(1, v.dim())))
-            weight = weight.movedim(0, axis)
+            rows, g, v = (x.movedim(axis, 0) for x in (weight, g, v))
+            rows[bad] = composed(g[bad], v[bad], tuple(range(1, v.dim())))
         return weight, norms
 
     @staticmethod

@@ -147,7 +147,7 @@ def export_skeleton(
     import tempfile
 
     from reparam.export import export_onnx_model
-    from reparam.export.constants import distinct
+    from reparam.export.second import distinct
     from reparam.graph import fold
     from reparam.onnxfile.external import data_of
     from reparam.onnxfile.refit import refit
