@@ -20,6 +20,7 @@ RIGHT = torch.tensor(math.pi / 2, dtype=F64).item()
 
 def a_map(n: int, radius: bool = True) -> tuple[Callable[[Tensor, Tensor], Tensor], Tensor, Tensor]:
     r, theta = encode(gaussian(4, n).double(), F64)
+    theta = theta - 0.1  # off the right angle that a row of one has
 
     def rows(r: Tensor, theta: Tensor) -> Tensor:
         return compose_rows(r if radius else None, theta, n, F64, F64)
@@ -60,7 +61,8 @@ def test_the_second_derivative() -> None:
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 def test_exact_zeros_stay_and_move() -> None:
     """A trailing zero weight, and a last coordinate of zero: zeros by value, not by derivative."""
-    theta = torch.tensor([[0.3, RIGHT, 0.0, 0.0], [0.3, 0.2, 0.1, 2 * RIGHT]], dtype=F64)
+    ends = [[0.3, RIGHT, 0.0, 0.0], [0.3, 0.2, 0.1, 2 * RIGHT], [0.3, 2 * RIGHT, 0.1, 0.2]]
+    theta = torch.tensor(ends, dtype=F64)
     along = torch.ones_like(theta)
 
     def rows(theta: Tensor) -> Tensor:
@@ -70,6 +72,7 @@ def test_exact_zeros_stay_and_move() -> None:
     assert torch.equal(value == 0, rows(theta) == 0)
     assert value[0, 2:].tolist() == [0, 0, 0]
     assert value[1, 3] == 0
+    assert value[2, 1] != 0  # a straight angle before the last is none of the format's zeros
     step = 1e-6
     torch.testing.assert_close(
         found,

@@ -165,8 +165,7 @@ def _map(
     initializers = {name: Held(value) for name, value in program.model.graph.initializers.items()}
     found = find_map({name: held for name, held in initializers.items() if held.is_known}, state, eps)
     used = _used(program)
-    if used.intersection(found.uncovered) or found.ambiguous:
-        found = resolve(found, floating(program), state, second)
+    found = resolve(found, floating(program), state, used, second)
     hold_as_mapped(program, found.weights, state)
     return found, sorted(set(found.uncovered) - used)
 

@@ -1,13 +1,13 @@
 """What a second export, of the same network with other weights, tells of the first.
 
-Weights that are equal, and single numbers, cannot be told from one another or from constants by their values. In a copy of
-the network whose weights are all different they can, and its graph has the same names.
+A weight of one number cannot be told from a constant by its value. In a copy of the network whose weights are all different
+it can, and its graph has the same names.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,7 @@ from reparam.errors import CheckFailedError
 from reparam.export.initializers import Held
 from reparam.onnxfile import transforms
 from reparam.onnxfile.candidates import same_bits
-from reparam.onnxfile.mapping import Found, find_map
+from reparam.onnxfile.mapping import Found, choose, storage
 from reparam.onnxfile.weight_map import Source, WeightMap
 
 if TYPE_CHECKING:
@@ -71,37 +71,37 @@ def resolve(
     found: Found,
     held: Mapping[str, Held],
     state: Mapping[str, Tensor],
+    used: Collection[str],
     second: Callable[[], Second | None],
 ) -> Found:
-    """``found`` with the initializers that hold equal tensors or single numbers, where a second export tells which.
+    """``found`` with the initializers that hold single numbers, where a second export tells which.
 
     Args:
         found: what values and names of the first export say.
         held: its floating initializers.
         state: its plain tensors by key, on the CPU.
+        used: keys that it computes with.
         second: makes the second export; called only if there is something to tell.
     """
-    single = [key for key in found.uncovered if state[key].is_floating_point() and state[key].numel() == 1]
-    if not (single or found.ambiguous) or (other := second()) is None:
+    single = [
+        k for k in found.uncovered if k in used and state[k].is_floating_point() and state[k].numel() == 1
+    ]
+    if not single or (other := second()) is None:
         return found
-    told = find_map(other.held, other.state).weights.sources
     more: dict[str, Source] = {}
     for name, first in held.items():
-        if name in found.weights.sources or name not in other.held:
+        if name in found.weights.sources or name not in other.held or torch.Size(first.shape).numel() > 1:
             continue
-        sources = [told[name]] if name in told else []
-        if torch.Size(first.shape).numel() == 1:
-            sources = [Source((key,), "reshape", {"shape": list(first.shape)}) for key in single]
         both = ((state, first), (other.state, other.held[name]))
-        fits = [s for s in sources if all(_holds(x, s, of) for of, x in both)]
-        if len(fits) == 1:
-            more[name] = fits[0]
-    keys = {key for source in more.values() for key in source.keys}
+        sources = [Source((key,), "reshape", {"shape": list(first.shape)}) for key in single]
+        fits = [source for source in sources if all(_holds(x, source, of) for of, x in both)]
+        if fits and isinstance(chosen := choose(name, fits, state), Source):
+            more[name] = chosen
+    shares = {storage(state[key]) for source in more.values() for key in source.keys}
     return replace(
         found,
         weights=WeightMap({**found.weights.sources, **more}),
-        ambiguous={name: told for name, told in found.ambiguous.items() if name not in more},
-        uncovered=tuple(key for key in found.uncovered if key not in keys),
+        uncovered=tuple(key for key in found.uncovered if storage(state[key]) not in shares),
     )
 
 

@@ -19,8 +19,8 @@ _RIGHT = {
 
 
 def is_active() -> bool:
-    """Whether tangents may be about: within ``forward_ad.dual_level``, ``torch.func.jvp``, ``jacfwd`` or ``hessian``."""
-    return forward_ad._current_level >= 0 and not torch.compiler.is_exporting()
+    """Whether there may be tangents: within ``forward_ad.dual_level``, ``torch.func.jvp``, ``jacfwd`` or ``hessian``."""
+    return forward_ad._current_level >= 0
 
 
 def decode(
@@ -32,8 +32,8 @@ def decode(
     # Exact zeros, which move with their angles as any other cosine and sine.
     right = _RIGHT[stored]
     cosine = cosine - (cosine * (angle.abs() == right)).detach()
-    straight = torch.zeros_like(angle, dtype=torch.bool)
-    straight[:, -1] = angle[:, -1].abs() == 2 * right
+    last = torch.arange(angle.shape[1], device=angle.device) == angle.shape[1] - 1
+    straight = last & (angle.abs() == 2 * right)
     sine = sine - (sine * straight).detach()
     if n == 1:
         unit = sine.detach()  # the direction of a row of one is not trained

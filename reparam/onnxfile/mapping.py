@@ -72,7 +72,7 @@ def find_map(
         candidates = Candidates(state, dtype, sizes)
         for name in names:
             value = initializers[name].tensor()
-            found = _choose(name, candidates.equal_to(value), state)
+            found = choose(name, candidates.equal_to(value), state)
             named_only = value.numel() == 1 or not dtype.is_floating_point
             if isinstance(found, Source):
                 if not named_only or found.keys == (name,):
@@ -92,12 +92,12 @@ def find_map(
         else:
             ambiguous[name] = source
     covered = {key for source in sources.values() for key in source.keys}
-    shares = {_storage(state[key]) for key in covered}  # tied keys are held under one name
+    shares = {storage(state[key]) for key in covered}  # tied keys are held under one name
     return Found(
         WeightMap(sources),
         ambiguous,
         tuple(name for name in left if name not in folded),
-        tuple(key for key, x in state.items() if x.numel() and _storage(x) not in shares),
+        tuple(key for key, x in state.items() if x.numel() and storage(x) not in shares),
     )
 
 
@@ -115,12 +115,12 @@ def _by_dtype(
     return dict(found)
 
 
-def _choose(name: str, sources: Sequence[Source], state: Mapping[str, Tensor]) -> Source | tuple[str, ...]:
+def choose(name: str, sources: Sequence[Source], state: Mapping[str, Tensor]) -> Source | tuple[str, ...]:
     """The one source, or the one whose name tells; else the keys, none or several."""
     if len(sources) > 1:
         best = max(_likeness(name, source) for source in sources)
         sources = [source for source in sources if _likeness(name, source) == best]
-    if len({tuple(_storage(state[key]) for key in source.keys) for source in sources}) == 1:
+    if len({tuple(storage(state[key]) for key in source.keys) for source in sources}) == 1:
         return sources[0]
     return tuple(dict.fromkeys(key for source in sources for key in source.keys))
 
@@ -136,6 +136,6 @@ def _likeness(name: str, source: Source) -> int:
     return alike + (own == key)
 
 
-def _storage(x: Tensor) -> object:
+def storage(x: Tensor) -> object:
     """Equal for tensors that are tied: the same elements in the same memory."""
     return x.data_ptr(), tuple(x.shape), tuple(x.stride()), x.dtype
